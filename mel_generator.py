@@ -1,0 +1,387 @@
+"""CREMA-D audio to log-mel spectrograms (.npy), with augmented copies to train on.
+
+    python mel_generator.py --input_dir AudioWAV --output_dir mel_spectrograms
+    python mel_generator.py --input_dir AudioWAV --output_dir mel_original --no_augment
+    python mel_generator.py --input_dir AudioWAV --output_dir mel_all --n_augmentations 8 --workers 2
+
+Reads every .wav and .flac below --input_dir whose name's third field is an emotion
+(1001_DFA_ANG_XX.wav: actor 1001, ANG). Writes, in --output_dir:
+
+    EMO/STEM_VARIANT.npy   float32 (mel bands, frames): log power in dB at absolute level
+    mel_config.json        every setting that training and inference must repeat
+    skipped.csv            file, reason: each file that has no spectrogram, and why
+
+A second run does what is missing. Exit status: 0 finished, 1 had to stop or nothing could be
+done (--strict: or a file was skipped), 2 wrong arguments, 130 Ctrl-C.
+"""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one thread a process: --workers fill the cores
+
+import argparse
+import csv
+import functools
+import hashlib
+import io
+import json
+import platform
+import signal
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import librosa
+import numpy as np
+import soundfile
+from tabulate import tabulate
+from tqdm import tqdm
+
+# --------------------------------------------------------------------------------------
+# Constants (the mel settings are options: see --help)
+
+EMOTIONS = {"ANG": "Angry", "DIS": "Disgust", "FEA": "Fear", "HAP": "Happy", "NEU": "Neutral", "SAD": "Sad"}
+AUDIO_SUFFIXES = (".wav", ".flac")
+VARIANTS = {  # name: (kind, amount)
+    "time_shift_pos": ("shift", 0.1),  # fraction of the clip, later
+    "time_shift_neg": ("shift", -0.1),
+    "pitch_up": ("pitch", 2.0),  # semitones
+    "pitch_down": ("pitch", -2.0),
+    "stretch_fast": ("stretch", 1.2),  # rate: over 1 is faster and shorter
+    "stretch_slow": ("stretch", 0.8),
+    "noise_low": ("noise", 0.005),  # standard deviation, full scale = 1
+    "noise_medium": ("noise", 0.01),
+}
+VOCODER_FFT, VOCODER_HOP = 2048, 512  # librosa.effects' own, whatever the mel settings
+CORPUS_CLIPS, CORPUS_ACTORS = 7442, 91  # the whole of CREMA-D
+NAME_MAX = 255  # bytes in a file name on every usual file system
+
+
+# --------------------------------------------------------------------------------------
+# Reading
+
+
+def load_audio(path, sample_rate, hop_length):
+    """Decodes a sound file to mono at sample_rate.
+
+    Returns float32 (samples,), full scale 1. Channels are averaged; other rates are resampled
+    with soxr's high-quality filter. Raises ValueError, with the reason in words, for whatever
+    holds nothing to classify.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ValueError(f"unreadable: {error.strerror}") from error
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError("Git LFS pointer, not audio: run 'git lfs pull' in the corpus's folder")
+    if not head:
+        raise ValueError("empty: the file has 0 bytes")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"unreadable: {getattr(error, 'error_string', error)}") from error
+    if not len(samples):
+        raise ValueError("empty: a sound file without samples")
+    if not np.abs(samples).max() < 1e15:  # the power of larger samples overflows float32
+        raise ValueError("not finite: NaN, infinite or boundless samples")
+    mono = samples.mean(axis=1)
+    if np.ptp(mono) == 0:
+        raise ValueError("silent: all samples are equal")
+    if rate != sample_rate:
+        mono = librosa.resample(mono, orig_sr=rate, target_sr=sample_rate)
+    if len(mono) < hop_length:
+        raise ValueError(f"shorter than one hop: {len(mono)} samples of {hop_length} at {sample_rate} Hz")
+    return mono
+
+
+@functools.cache
+def mel_filters(sample_rate, n_fft, n_mels, fmin, fmax):
+    """Slaney's triangular mel filters, float32 (mel bands, n_fft // 2 + 1), built once."""
+    return librosa.filters.mel(sr=sample_rate, n_fft=n_fft, n_mels=n_mels, fmin=fmin, fmax=fmax)
+
+
+def stft(samples, n_fft, hop_length):
+    """Short-time Fourier transform as librosa.stft: periodic Hann window, frames centred by zero padding.
+
+    Returns complex64 (1 + samples // hop_length, n_fft // 2 + 1), a frame to a row.
+    """
+    window = np.hanning(n_fft + 1)[:-1].astype(np.float32)
+    padded = np.pad(samples, n_fft // 2)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop_length]
+    return np.fft.rfft(frames * window)
+
+
+def log_mel(samples, sample_rate, n_fft, hop_length, n_mels, fmin, fmax):
+    """Log-mel spectrogram in dB at absolute level, float32 (mel bands, frames).
+
+    Equals librosa.power_to_db(librosa.feature.melspectrogram(...), ref=1.0, amin=1e-10,
+    top_db=None): nothing is scaled to the clip's own maximum, so loudness survives.
+    """
+    spectrum = stft(samples, n_fft, hop_length)
+    power = spectrum.real**2 + spectrum.imag**2
+    mel = mel_filters(sample_rate, n_fft, n_mels, fmin, fmax) @ power.T
+    return 10.0 * np.log10(np.maximum(mel, 1e-10))
+
+
+def emotion_of(stem):
+    """The emotion's code in the third field of a CREMA-D name, or None."""
+    fields = stem.upper().split("_")
+    return fields[2] if len(fields) > 2 and fields[2] in EMOTIONS else None
+
+
+def find_clips(input_dir, skipped):
+    """Sound files below input_dir, as {stem: relative path}; the others' reasons go into `skipped`."""
+    clips = {}
+    longest = max(len(f"_{name}.npy.{2**31}.tmp") for name in VARIANTS)
+    paths = (p for p in input_dir.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and not p.is_dir())
+    for path in sorted(p.relative_to(input_dir).as_posix() for p in paths):
+        stem = Path(path).stem
+        if emotion_of(stem) is None:
+            skipped[path] = f"no emotion in the name: its third field is none of {' '.join(EMOTIONS)}"
+        elif stem in clips:
+            skipped[path] = f"same stem as another file: {clips[stem]}"
+        elif len(os.fsencode(stem)) + longest > NAME_MAX:
+            skipped[path] = f"name too long: at most {NAME_MAX - longest} bytes before the suffix"
+        else:
+            clips[stem] = path
+    return clips
+
+
+# --------------------------------------------------------------------------------------
+# Computing
+
+
+def random_generator(*key):
+    """A generator of random numbers that depends on the key alone, not on order or process."""
+    text = "\0".join(str(part) for part in key)
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(os.fsencode(text)).digest()[:16], "little"))
+
+
+def choose_variants(seed, stem, n_augmentations):
+    """The clip's variants: the original, and n of the augmentations (n of them hold those of n - 1)."""
+    order = random_generator(seed, stem).permutation(list(VARIANTS))
+    return ["original", *order[:n_augmentations].tolist()]
+
+
+def shift(samples, fraction):
+    """Moves a clip by a fraction of its length, later if positive; silence fills the gap."""
+    n = int(len(samples) * abs(fraction))
+    kept = samples[: len(samples) - n] if fraction > 0 else samples[n:]
+    return np.pad(kept, (n, 0) if fraction > 0 else (0, n))
+
+
+def stretch(samples, rate):
+    """Changes tempo, not pitch: the phase vocoder of librosa.effects.time_stretch, without its angles.
+
+    Source: Flanagan and Golden, "Phase Vocoder", Bell System Technical Journal 45(9), 1966.
+    Accumulating wrapped phase differences equals multiplying the unit phasors' ratios
+    U[t + 1] conj(U[t]), because the expected phase advance cancels modulo 2 pi.
+    """
+    spectrum = np.pad(stft(samples, VOCODER_FFT, VOCODER_HOP), ((0, 2), (0, 0)))
+    magnitude = np.abs(spectrum)
+    unit = np.divide(spectrum, magnitude, out=np.ones_like(spectrum), where=magnitude > 0)
+    steps = np.arange(0, len(spectrum) - 2, rate)
+    at, weight = steps.astype(int), (steps % 1.0).astype(np.float32)[:, None]
+    phasor = np.vstack([unit[:1], unit[at[:-1] + 1] * unit[at[:-1]].conj()]).cumprod(axis=0)
+    stretched = ((1 - weight) * magnitude[at] + weight * magnitude[at + 1]) * phasor
+    length = round(len(samples) / rate)
+    return librosa.istft(stretched.T, hop_length=VOCODER_HOP, n_fft=VOCODER_FFT, length=length, dtype=np.float32)
+
+
+def shift_pitch(samples, semitones, sample_rate):
+    """Changes pitch, not length: stretched, then resampled back, as librosa.effects.pitch_shift."""
+    rate = 2.0 ** (-semitones / 12)
+    shifted = librosa.resample(stretch(samples, rate), orig_sr=sample_rate / rate, target_sr=sample_rate)
+    return librosa.util.fix_length(shifted, size=len(samples))
+
+
+def augment(samples, variant, sample_rate, random):
+    """One variant of a clip, float32 (samples,); `random` makes the noise."""
+    kind, amount = VARIANTS.get(variant, ("original", 0))
+    if kind == "shift":
+        return shift(samples, amount)
+    if kind == "pitch":
+        return shift_pitch(samples, amount, sample_rate)
+    if kind == "stretch":
+        return stretch(samples, amount)
+    if kind == "noise":
+        return samples + amount * random.standard_normal(len(samples), dtype=np.float32)
+    return samples
+
+
+def process_clip(task):
+    """Writes the missing variants of one clip; returns (relative path, why it was skipped or None)."""
+    path, stem, missing, input_dir, output_dir, mel, seed = task
+    try:
+        samples = load_audio(os.path.join(input_dir, path), mel["sample_rate"], mel["hop_length"])
+    except ValueError as error:
+        return path, str(error)
+    for variant in missing:
+        variant_samples = augment(samples, variant, mel["sample_rate"], random_generator(seed, stem, variant))
+        spectrogram = io.BytesIO()
+        np.save(spectrogram, log_mel(variant_samples, **mel))
+        write_whole(os.path.join(output_dir, emotion_of(stem), f"{stem}_{variant}.npy"), spectrogram.getvalue())
+    return path, None
+
+
+def process_all(tasks, workers):
+    """Runs process_clip over the tasks in worker processes; returns {path: why it was skipped}."""
+    bar = functools.partial(tqdm, total=len(tasks), unit="clip", desc="Spectrograms", disable=not tasks)
+    if workers == 1 or len(tasks) < 2:
+        return {path: reason for path, reason in bar(map(process_clip, tasks)) if reason}
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        results = pool.map(process_clip, tasks, chunksize=min(16, -(-len(tasks) // workers)))
+        return {path: reason for path, reason in bar(results) if reason}
+    except BrokenProcessPool:
+        sys.exit("A worker process was killed, most often for want of memory: run again with fewer --workers. What was written stays, and is not done again.")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# --------------------------------------------------------------------------------------
+# Writing
+
+
+def write_whole(path, data):
+    """Writes bytes under a name of this process's own, then renames: path is whole or not there."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(data)
+    os.replace(temporary, path)
+
+
+def settle_config(output_dir, config, overwrite):
+    """Writes mel_config.json; ends the program if the folder holds spectrograms of other settings."""
+    path = output_dir / "mel_config.json"
+    present = [f for code in EMOTIONS for f in output_dir.glob(f"{code}/*.npy")]
+    if overwrite:
+        for file in [*present, path, output_dir / "skipped.csv"]:
+            file.unlink(missing_ok=True)
+    elif path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            other = [f"{k} is {found.get(k)}, now {v}" for k, v in config.items() if k != "versions" and found.get(k) != v]
+        except (ValueError, AttributeError):
+            sys.exit(f"{path} cannot be read as JSON settings: --overwrite starts the folder anew.")
+        if other:
+            sys.exit(f"{output_dir} holds spectrograms of other settings ({'; '.join(other)}): name another --output_dir, or start this one anew with --overwrite.")
+        return
+    elif present:
+        sys.exit(f"{output_dir} holds {len(present)} spectrograms but no mel_config.json to tell their settings: name another --output_dir, or start this one anew with --overwrite.")
+    write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def write_skipped(output_dir, skipped, clips):
+    """Brings skipped.csv up to date: this run's rows, and earlier rows of files that it did not see."""
+    path = output_dir / "skipped.csv"
+    if path.exists():
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            seen = set(clips.values())
+            skipped = {row["file"]: row["reason"] for row in csv.DictReader(file) if row["file"] not in seen} | skipped
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([("file", "reason"), *sorted(skipped.items())])
+    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def remove_leftovers(output_dir, started):
+    """Deletes temporary files of killed runs: those last touched before this run began."""
+    for file in output_dir.rglob("*.tmp"):
+        if file.stat().st_mtime < started:
+            file.unlink(missing_ok=True)
+
+
+def print_summary(output_dir, clips, skipped, seconds):
+    """Spectrograms in the folder by emotion and variant, what was skipped, where things are."""
+    counts = Counter((f.parent.name, v) for c in EMOTIONS for f in output_dir.glob(f"{c}/*.npy")
+                     for v in ["original", *VARIANTS] if f.stem.endswith(f"_{v}"))
+    variants = [v for v in ["original", *VARIANTS] if any(counts[c, v] for c in EMOTIONS)]
+    rows = [[v, *(counts[c, v] for c in EMOTIONS), sum(counts[c, v] for c in EMOTIONS)] for v in variants]
+    rows.append(["all", *(sum(counts[c, v] for v in variants) for c in EMOTIONS), counts.total()])
+    print(tabulate(rows, headers=["spectrograms", *EMOTIONS, "all"]))
+    actors = {stem.split("_")[0] for stem in clips}
+    if any(len(a) == 4 and a.startswith("10") and a.isdigit() for a in actors) and (len(clips), len(actors)) != (CORPUS_CLIPS, CORPUS_ACTORS):
+        print(f"Note: this looks like CREMA-D, but is not all of it: {len(clips):,} clips of {CORPUS_CLIPS:,}, {len(actors)} actors of {CORPUS_ACTORS}.")
+    if skipped:
+        kinds = Counter(reason.split(":")[0] for reason in skipped.values())
+        print(f"Skipped {len(skipped)} files ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}): see {output_dir / 'skipped.csv'}")
+    print(f"{len(clips):,} clips in {seconds:.1f} s. Spectrograms: {output_dir}")
+
+
+# --------------------------------------------------------------------------------------
+# Main
+
+
+def parse_args():
+    """The command line, checked; a wrong one ends the program with exit status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the spectrograms")
+    parser.add_argument("--no_augment", action="store_true", help="originals alone")
+    parser.add_argument("--n_augmentations", type=int, default=3, help="augmented copies of each clip, 0 to 8 (default 3)")
+    parser.add_argument("--seed", type=int, default=42, help="chooses variants and noise, with the file's name (default 42)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--overwrite", action="store_true", help="delete the spectrograms that are there and start anew")
+    parser.add_argument("--strict", action="store_true", help="exit status 1 if any file was skipped")
+    for name, default, unit in [("sample_rate", 16000, "Hz"), ("n_fft", 2048, "samples"), ("hop_length", 512, "samples"), ("n_mels", 128, "mel bands")]:
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{unit} (default {default})")
+    parser.add_argument("--fmin", type=float, default=0.0, help="Hz, lower edge of the lowest band (default 0)")
+    parser.add_argument("--fmax", type=float, default=8000.0, help="Hz, upper edge of the highest band (default 8000)")
+    args = parser.parse_args()
+    wrong = [text for bad, text in [
+        (not 0 <= args.n_augmentations <= len(VARIANTS), f"--n_augmentations is {args.n_augmentations}: take 0 to {len(VARIANTS)}"),
+        (args.workers < 1, f"--workers is {args.workers}: take at least 1"),
+        (args.sample_rate < 1000, f"--sample_rate is {args.sample_rate}: take at least 1000 Hz"),
+        (args.n_fft < 16, f"--n_fft is {args.n_fft}: take at least 16 samples"),
+        (not 1 <= args.hop_length <= args.n_fft, f"--hop_length is {args.hop_length}: take 1 to --n_fft, {args.n_fft}"),
+        (not 1 <= args.n_mels <= args.n_fft // 2, f"--n_mels is {args.n_mels}: take 1 to half of --n_fft, {args.n_fft // 2}"),
+        (not 0 <= args.fmin < args.fmax <= args.sample_rate / 2, f"--fmin {args.fmin:g} and --fmax {args.fmax:g}: take 0 <= fmin < fmax <= half of --sample_rate, {args.sample_rate / 2:g}"),
+    ] if bad]
+    if wrong:
+        parser.error("; ".join(wrong))
+    return args
+
+
+def main():
+    """Lists the clips, makes what is missing, says what came of it; returns the exit status."""
+    args, started = parse_args(), time.time()
+    n_augmentations = 0 if args.no_augment else args.n_augmentations
+    mel = {name: getattr(args, name) for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")}
+    config = mel | {"seed": args.seed, "n_augmentations": n_augmentations, "augmentation": {n: list(v) for n, v in VARIANTS.items()},
+                    "versions": {"python": platform.python_version(), "numpy": np.__version__, "librosa": librosa.__version__, "soundfile": soundfile.__version__}}
+    if not args.input_dir.is_dir():
+        sys.exit(f"--input_dir {args.input_dir} is no folder: name the one that holds the .wav or .flac files.")
+    skipped = {}
+    clips = find_clips(args.input_dir, skipped)
+    if not clips and not skipped:
+        sys.exit(f"--input_dir {args.input_dir} holds no .wav or .flac file, nor does any folder below it.")
+    for code in EMOTIONS:
+        (args.output_dir / code).mkdir(parents=True, exist_ok=True)
+    settle_config(args.output_dir, config, args.overwrite)
+    present = {f.name for code in EMOTIONS for f in os.scandir(args.output_dir / code)}
+    tasks = []
+    for stem, path in clips.items():
+        missing = [v for v in choose_variants(args.seed, stem, n_augmentations) if f"{stem}_{v}.npy" not in present]
+        if missing:
+            tasks.append((path, stem, missing, str(args.input_dir), str(args.output_dir), mel, args.seed))
+    skipped |= process_all(tasks, args.workers)
+    write_skipped(args.output_dir, skipped, clips)
+    remove_leftovers(args.output_dir, started)
+    print_summary(args.output_dir, clips, skipped, time.time() - started)
+    if len(skipped) == len(clips) + len(skipped.keys() - clips.values()):
+        sys.exit(f"No file could be used: {args.output_dir / 'skipped.csv'} says why.")
+    return 1 if args.strict and skipped else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nStopped. What was written stays: the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"{error.filename or 'A file'}: {error.strerror}. What was written before stays: mend this and run the same command again.")
