@@ -554,7 +554,7 @@ def load_checkpoint(path, device):
     except OSError as error:
         sys.exit(f"{path}: {error.strerror or error}. --model_path takes the best_model.pth that cremad_custom2.py wrote.")
     except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, EOFError, TypeError, UnicodeError) as error:
-        sys.exit(f"{path} is damaged, or no checkpoint that can be read safely ({str(error).strip().splitlines()[:1]}): take the best_model.pth that cremad_custom2.py wrote.")
+        sys.exit(f"{path} is damaged, or no checkpoint that can be read safely ({type(error).__name__}): take the best_model.pth that cremad_custom2.py wrote.")
     needed = ("format_version", "model_state_dict", "model_config", "mel_config", "normalization", "max_width", "classes", "temperature")
     missing = [key for key in needed if key not in checkpoint] if isinstance(checkpoint, dict) else ["a dict"]
     if missing:
@@ -564,10 +564,12 @@ def load_checkpoint(path, device):
     try:
         model = EmotionClassifier(**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
-        bands = torch.tensor([*checkpoint["normalization"]["mean"], *checkpoint["normalization"]["std"]])
+        mean, std = (torch.tensor(checkpoint["normalization"][key]) for key in ("mean", "std"))
+        if not len(mean) == len(std) == checkpoint["mel_config"]["n_mels"] == checkpoint["model_config"]["n_mels"]:
+            raise ValueError("mel_config, model_config and normalization differ in their number of mel bands")
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        sys.exit(f"{path}: its weights do not fit its own model_config ({'; '.join(str(error).split()[:40])}): train again.")
-    if not all(torch.isfinite(value).all() for value in [bands, *model.state_dict().values()]):
+        sys.exit(f"{path} contradicts itself ({' '.join(str(error).split())[:300]}): take a best_model.pth as cremad_custom2.py wrote it.")
+    if not all(torch.isfinite(value).all() for value in [mean, std, *model.state_dict().values()]):
         sys.exit(f"{path} holds weights that are NaN or infinite: the training failed; train again with a lower LEARNING_RATE.")
     return model.to(device).eval(), checkpoint
 

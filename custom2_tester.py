@@ -1,0 +1,542 @@
+"""Classifies sound files by emotion with the model of cremad_custom2.py.
+
+    python custom2_tester.py --input_dir my_wavs --model_path output/best_model.pth --output_dir results
+    python custom2_tester.py --input_dir one.wav --model_path output/best_model.pth --output_dir results --cpu --visualize
+
+--input_dir is a folder of .wav and .flac files, searched through, or one such file. Everything that
+features need (mel settings, normalisation, classes, sizes) comes from the checkpoint. Writes, in --output_dir:
+
+    classification_results.csv    a row a file: predicted class, confidence, probability of each class, error
+    summary.csv                   count, percentage and mean confidence of each class
+    confidence_distribution.png   how sure the model was, by class
+    confusion_matrix.png, classification_report.txt    where file names tell the emotion (1001_DFA_ANG_XX.wav)
+    mel_spectrograms/*.png        --visualize: a picture a file
+
+Exit status: 0 finished, 1 had to stop or nothing could be classified (--strict: or a file failed),
+2 wrong arguments, 130 Ctrl-C.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import io
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+import warnings
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import librosa
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import soundfile
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+# --------------------------------------------------------------------------------------
+# Constants
+
+AUDIO_SUFFIXES = (".wav", ".flac")
+BATCHES_AT_ONCE = 8  # batches of files read ahead, sorted by length, and written together
+SHOWN_FILES = 20  # at most this many rows on the screen
+FORMAT_VERSION = 1
+
+
+# --------------------------------------------------------------------------------------
+# Reading
+
+
+def load_audio(path, sample_rate, hop_length):
+    """Decodes a sound file to mono at sample_rate.
+
+    Returns float32 (samples,), full scale 1. Channels are averaged; other rates are resampled
+    with soxr's high-quality filter. Raises ValueError, with the reason in words, for whatever
+    holds nothing to classify.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ValueError(f"unreadable: {error.strerror}") from error
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError("Git LFS pointer, not audio: run 'git lfs pull' in the corpus's folder")
+    if not head:
+        raise ValueError("empty: the file has 0 bytes")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"unreadable: {getattr(error, 'error_string', error)}") from error
+    if not len(samples):
+        raise ValueError("empty: a sound file without samples")
+    if not np.abs(samples).max() < 1e15:  # the power of larger samples overflows float32
+        raise ValueError("not finite: NaN, infinite or boundless samples")
+    mono = samples.mean(axis=1)
+    if np.ptp(mono) == 0:
+        raise ValueError("silent: all samples are equal")
+    if rate != sample_rate:
+        mono = librosa.resample(mono, orig_sr=rate, target_sr=sample_rate)
+    if len(mono) < hop_length:
+        raise ValueError(f"shorter than one hop: {len(mono)} samples of {hop_length} at {sample_rate} Hz")
+    return mono
+
+
+@functools.cache
+def mel_filters(sample_rate, n_fft, n_mels, fmin, fmax):
+    """Slaney's triangular mel filters, float32 (mel bands, n_fft // 2 + 1), built once."""
+    return librosa.filters.mel(sr=sample_rate, n_fft=n_fft, n_mels=n_mels, fmin=fmin, fmax=fmax)
+
+
+def stft(samples, n_fft, hop_length):
+    """Short-time Fourier transform as librosa.stft: periodic Hann window, frames centred by zero padding.
+
+    Returns complex64 (1 + samples // hop_length, n_fft // 2 + 1), a frame to a row.
+    """
+    window = np.hanning(n_fft + 1)[:-1].astype(np.float32)
+    padded = np.pad(samples, n_fft // 2)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop_length]
+    return np.fft.rfft(frames * window)
+
+
+def log_mel(samples, sample_rate, n_fft, hop_length, n_mels, fmin, fmax):
+    """Log-mel spectrogram in dB at absolute level, float32 (mel bands, frames).
+
+    Equals librosa.power_to_db(librosa.feature.melspectrogram(...), ref=1.0, amin=1e-10,
+    top_db=None): nothing is scaled to the clip's own maximum, so loudness survives.
+    """
+    spectrum = stft(samples, n_fft, hop_length)
+    power = spectrum.real**2 + spectrum.imag**2
+    mel = mel_filters(sample_rate, n_fft, n_mels, fmin, fmax) @ power.T
+    return 10.0 * np.log10(np.maximum(mel, 1e-10))
+
+
+def load_checkpoint(path, device):
+    """The model of best_model.pth in evaluation mode, and the rest of the file; nothing in it is executed.
+
+    Ends the program with a sentence if the file is not a usable checkpoint of cremad_custom2.py.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        sys.exit(f"{path}: {error.strerror or error}. --model_path takes the best_model.pth that cremad_custom2.py wrote.")
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, EOFError, TypeError, UnicodeError) as error:
+        sys.exit(f"{path} is damaged, or no checkpoint that can be read safely ({type(error).__name__}): take the best_model.pth that cremad_custom2.py wrote.")
+    needed = ("format_version", "model_state_dict", "model_config", "mel_config", "normalization", "max_width", "classes", "temperature")
+    missing = [key for key in needed if key not in checkpoint] if isinstance(checkpoint, dict) else ["a dict"]
+    if missing:
+        sys.exit(f"{path} is no checkpoint of cremad_custom2.py: it lacks {', '.join(missing)}.")
+    if checkpoint["format_version"] != FORMAT_VERSION:
+        sys.exit(f"{path} has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}: use the scripts of one release together.")
+    try:
+        model = EmotionClassifier(**checkpoint["model_config"])
+        model.load_state_dict(checkpoint["model_state_dict"])
+        mean, std = (torch.tensor(checkpoint["normalization"][key]) for key in ("mean", "std"))
+        if not len(mean) == len(std) == checkpoint["mel_config"]["n_mels"] == checkpoint["model_config"]["n_mels"]:
+            raise ValueError("mel_config, model_config and normalization differ in their number of mel bands")
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        sys.exit(f"{path} contradicts itself ({' '.join(str(error).split())[:300]}): take a best_model.pth as cremad_custom2.py wrote it.")
+    if not all(torch.isfinite(value).all() for value in [mean, std, *model.state_dict().values()]):
+        sys.exit(f"{path} holds weights that are NaN or infinite: the training failed; train again with a lower LEARNING_RATE.")
+    return model.to(device).eval(), checkpoint
+
+
+def find_files(input_dir):
+    """Paths of the sound files below input_dir (or of that one file), relative to it, sorted; broken links too."""
+    if not input_dir.is_dir():
+        return [input_dir.name] if input_dir.suffix.lower() in AUDIO_SUFFIXES and os.path.lexists(input_dir) else []
+    paths = (p for p in input_dir.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and not p.is_dir())
+    return sorted(p.relative_to(input_dir).as_posix() for p in paths)
+
+
+def read_clip(path, folder, mel_config):
+    """One file's log-mel spectrogram (mel bands, frames) or None, its seconds or None, and the error or ""."""
+    try:
+        samples = load_audio(os.path.join(folder, path), mel_config["sample_rate"], mel_config["hop_length"])
+    except ValueError as error:
+        return None, None, str(error)
+    return log_mel(samples, **mel_config), len(samples) / mel_config["sample_rate"], ""
+
+
+def read_ahead(paths, read, workers, size):
+    """Yields (paths, what read made of them), `size` at a time; threads prepare the next while these are used."""
+    waiting = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for at in range(0, len(paths), size):
+                waiting.append((paths[at : at + size], [pool.submit(read, path) for path in paths[at : at + size]]))
+                if len(waiting) > 1:
+                    some, clips = waiting.popleft()
+                    yield some, [clip.result() for clip in clips]
+            for some, clips in waiting:
+                yield some, [clip.result() for clip in clips]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read_partial(path, columns):
+    """The whole rows of an interrupted run, as lists; a torn last line is dropped."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        text = file.read()
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    if rows and not text.endswith("\n"):
+        rows.pop()
+    if rows and rows[0] != columns:
+        sys.exit(f"--resume: {path} has other columns than this model's results: delete it, or name another --output_dir.")
+    return [row for row in rows[1:] if len(row) == len(columns)]
+
+
+# --------------------------------------------------------------------------------------
+# Computing
+
+
+def inside(lengths, n_frames):
+    """True at each clip's own frames: (clips, n_frames)."""
+    return torch.arange(n_frames, device=lengths.device) < lengths[:, None]
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with batch norm beside a shortcut; the first one strides.
+
+    Source: He et al., "Deep Residual Learning", arXiv:1512.03385; pooled shortcut: arXiv:1812.01187.
+    """
+
+    def __init__(self, n_in, n_out, stride):
+        super().__init__()
+        self.stride = tuple(stride)
+        self.conv1, self.norm1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out)
+        self.conv2, self.norm2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
+        self.shortcut, self.norm_shortcut = nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out)
+
+    def forward(self, x, lengths):
+        """(B, C, T, M), zero past each clip's frames, to the same, strided; and the lengths, strided."""
+        # A fixed divisor: a clip's last, half-empty window means the same with and without padding.
+        pooled = F.avg_pool2d(x, self.stride, ceil_mode=True, divisor_override=math.prod(self.stride))
+        h = F.relu(self.norm1(self.conv1(x)))
+        lengths = (lengths + self.stride[0] - 1).div(self.stride[0], rounding_mode="floor")
+        mask = inside(lengths, h.shape[2])[:, None, :, None]
+        h = self.norm2(self.conv2(h * mask))
+        return F.relu(h + self.norm_shortcut(self.shortcut(pooled))) * mask, lengths
+
+
+class EmotionClassifier(nn.Module):
+    """Four residual CNN blocks, bidirectional LSTM over time, self-attention, three fully connected layers.
+
+    In evaluation a clip's logits do not depend on its batch's padding: nothing sees past a clip's own frames.
+    """
+
+    def __init__(self, n_mels, n_classes, channels, strides, hidden, heads, dropout):
+        super().__init__()
+        self.blocks = nn.ModuleList(map(ResidualBlock, (1, *channels[:-1]), channels, strides))
+        bands = n_mels
+        for _, stride in strides:
+            bands = -(-bands // stride)
+        self.lstm = nn.LSTM(channels[-1] * bands, hidden, 2, batch_first=True, bidirectional=True, dropout=dropout)
+        self.attention = nn.MultiheadAttention(2 * hidden, heads, dropout=dropout, batch_first=True)
+        self.norm = nn.LayerNorm(2 * hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Sequential(
+            nn.Linear(2 * hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(hidden, hidden // 2), nn.BatchNorm1d(hidden // 2), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(hidden // 2, n_classes))  # fmt: skip
+
+    def forward(self, x, lengths):
+        """Normalised log-mel (B, T, M), zero past each clip's frames, and lengths (B,) on the CPU, to logits (B, classes)."""
+        x, steps = x.unsqueeze(1), lengths.to(x.device)  # (B, 1, T, M)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for block in self.blocks:
+            x, steps = block(x, steps)
+        x = self.dropout(x.permute(0, 2, 3, 1).flatten(2))  # (B, T, M * C)
+        for block in self.blocks:
+            lengths = (lengths + block.stride[0] - 1).div(block.stride[0], rounding_mode="floor")
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        x, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)  # (B, T, 2 * hidden)
+        mask = inside(steps, x.shape[1])
+        attended, _ = self.attention(x, x, x, key_padding_mask=~mask, need_weights=False)
+        x = self.norm(x + attended) * mask[:, :, None]
+        return self.head(x.sum(1) / steps[:, None])
+
+
+def logits_of(model, spectrograms, batch_size, device):
+    """Float32 logits (clips, classes) of normalised spectrograms, each (frames, mel bands), in batches of like length."""
+    order = sorted(range(len(spectrograms)), key=lambda i: len(spectrograms[i]))
+    rows = []
+    model.eval()
+    with torch.inference_mode():
+        for at in range(0, len(order), batch_size):
+            batch = [spectrograms[i] for i in order[at : at + batch_size]]
+            lengths = torch.tensor([len(mel) for mel in batch])
+            rows.append(model(nn.utils.rnn.pad_sequence(batch, batch_first=True).to(device), lengths).cpu())
+    return torch.cat(rows)[torch.tensor(order).argsort()]
+
+
+def true_class_of(path, classes):
+    """The name of the emotion in the third field of a CREMA-D file name, or ""."""
+    fields = Path(path).stem.upper().split("_")
+    return next((c["name"] for c in classes if len(fields) > 2 and fields[2] == c["code"]), "")
+
+
+def classify(clips, model, checkpoint, max_width, batch_size, device):
+    """Probabilities (clips, classes) of spectrograms (mel bands, frames); None gets NaN."""
+    mean, std = (torch.tensor(checkpoint["normalization"][key]) for key in ("mean", "std"))
+    whole = [i for i, mel in enumerate(clips) if mel is not None]
+    probabilities = torch.full((len(clips), len(checkpoint["classes"])), math.nan)
+    if whole:
+        normalised = [(torch.from_numpy(clips[i].T[:max_width]) - mean) / std for i in whole]
+        logits = logits_of(model, normalised, batch_size, device)
+        probabilities[whole] = (logits / checkpoint["temperature"]).softmax(1)
+    return probabilities.numpy()
+
+
+# --------------------------------------------------------------------------------------
+# Writing
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a temporary path beside `path` that takes its name once written: whole, or not there at all."""
+    yield f"{path}.tmp"
+    os.replace(f"{path}.tmp", path)
+
+
+def plot_confusion(path, true, predicted, names, title):
+    """Confusion matrix as a picture: counts, and the row's percentages, which give the colour."""
+    import seaborn  # here, because it takes a second to import
+
+    counts = np.zeros((len(names), len(names)), int)
+    np.add.at(counts, (np.asarray(true), np.asarray(predicted)), 1)
+    percent = 100.0 * counts / counts.sum(1, keepdims=True).clip(min=1)
+    text = [[f"{n}\n{p:.0f} %" for n, p in zip(*row, strict=True)] for row in zip(counts, percent, strict=True)]
+    figure, axes = plt.subplots(figsize=(5.5, 4.8), layout="constrained")
+    seaborn.heatmap(percent, annot=text, fmt="", cmap="cividis", vmin=0, vmax=100, square=True, ax=axes, annot_kws={"size": 9},
+                    xticklabels=names, yticklabels=names, cbar_kws={"label": "% of the true class"})  # fmt: skip
+    axes.set(xlabel="Predicted emotion", ylabel="True emotion", title=title)
+    axes.tick_params(axis="x", rotation=45)
+    axes.tick_params(axis="y", rotation=0)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=200)
+    plt.close(figure)
+
+
+def cell(path):
+    """A path as a CSV cell: one that a spreadsheet would run as a formula gets ./ before it."""
+    return f"./{path}" if path[0] in "=+-@" else path
+
+
+def result_row(path, probabilities, seconds, error, classes):
+    """A row of classification_results.csv."""
+    if error:
+        return [cell(path), "", "", "", *[""] * len(classes), "", true_class_of(path, classes), error]
+    top = int(probabilities.argmax())
+    return [cell(path), classes[top]["name"], classes[top]["code"], f"{probabilities[top]:.6f}", *(f"{p:.6f}" for p in probabilities),
+            f"{seconds:.3f}", true_class_of(path, classes), ""]  # fmt: skip
+
+
+@functools.cache
+def clip_figure(names):
+    """The figure that every clip is drawn into, made once a process: a new one costs most of the time."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(2.4, 1), layout="constrained")
+    image = left.imshow(np.zeros((2, 2)), origin="lower", aspect="auto", cmap="magma")
+    figure.colorbar(image, ax=left, label="Level (dB)")
+    bars = right.barh(names, [0] * len(names), color="#0072B2")
+    left.set(xlabel="Time (s)", ylabel="Frequency (Hz)")
+    right.set(xlabel="Confidence (%)", xlim=(0, 100))
+    right.invert_yaxis()
+    return figure, left, right, image, bars
+
+
+def draw_clip(path, temporary, title, mel, probabilities, names, mel_config):
+    """Spectrogram with axes in s and Hz, and bars of confidence, as a PNG."""
+    figure, left, right, image, bars = clip_figure(names)
+    seconds = mel.shape[1] * mel_config["hop_length"] / mel_config["sample_rate"]
+    image.set(data=mel, extent=(0, seconds, -0.5, len(mel) - 0.5), clim=(max(mel.max() - 80, mel.min()), mel.max()))
+    left.set(xlim=(0, seconds), ylim=(-0.5, len(mel) - 0.5))
+    hertz = librosa.mel_frequencies(n_mels=len(mel) + 2, fmin=mel_config["fmin"], fmax=mel_config["fmax"])[1:-1]
+    marks = [f for f in (125, 250, 500, 1000, 2000, 4000, 8000, 16000) if hertz[0] <= f <= hertz[-1]]
+    left.set_yticks(np.interp(marks, hertz, np.arange(len(mel))), marks)
+    left.set_title(title, parse_math=False, fontsize=9)
+    for bar, p in zip(bars, probabilities, strict=True):
+        bar.set(width=100 * p, color="#D55E00" if p == max(probabilities) else "#0072B2")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names may hold letters that the font lacks
+        figure.savefig(temporary, format="png", dpi=130)
+    os.replace(temporary, path)
+
+
+def plot_confidence(path, results, names):
+    """How sure the model was, by predicted class: median, quartiles, every clip a point."""
+    import seaborn  # here, because it takes a second to import
+
+    figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    counts = results.predicted_class.value_counts()
+    shown = results.sample(min(len(results), 3000), random_state=0)
+    seaborn.stripplot(shown, x="predicted_class", y="percent", order=names, color="#0072B2", size=2, alpha=0.5, jitter=0.3, ax=axes)
+    seaborn.boxplot(results, x="predicted_class", y="percent", order=names, color="white", fill=False, linecolor="#D55E00", showfliers=False, width=0.7, ax=axes)
+    axes.axhline(100 / len(names), color="#555555", linestyle="--", linewidth=1)
+    axes.set(xlabel="Predicted emotion (number of files)", ylabel="Confidence (%)", ylim=(0, 101), title="Confidence by predicted emotion (dashed: chance)")
+    axes.set_xticks(range(len(names)), [f"{name}\n({counts.get(name, 0)})" for name in names])
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=200)
+    plt.close(figure)
+
+
+def write_summary(output_dir, results, names):
+    """summary.csv, the pictures and, where true classes are known, the report; all on the screen too."""
+    good = results[results.error == ""].assign(percent=lambda r: 100 * r.confidence.astype(float))
+    rows = [[name, int(n := (good.predicted_class == name).sum()), round(100 * n / len(good), 2), round(float(good.confidence[good.predicted_class == name].astype(float).mean()), 4) if n else ""] for name in names]
+    headers = ["class", "count", "percentage", "mean_confidence"]
+    with whole_file(output_dir / "summary.csv") as temporary:
+        pd.DataFrame(rows, columns=headers).to_csv(temporary, index=False)
+    if len(results) <= SHOWN_FILES:
+        print(tabulate([[r.file, r.predicted_class, f"{100 * float(r.confidence):.1f} %" if r.confidence else "", r.error] for r in results.itertuples()], headers=["file", "emotion", "confidence", "error"], disable_numparse=True), end="\n\n")
+    print(tabulate(rows, headers=headers))
+    plot_confidence(output_dir / "confidence_distribution.png", good, names)
+    labelled = good[good.true_class != ""]
+    for name in ("confusion_matrix.png", "classification_report.txt"):
+        (output_dir / name).unlink(missing_ok=True)  # an earlier run's, perhaps of other files
+    if len(labelled):
+        write_report(output_dir, labelled, names)
+
+
+def write_report(output_dir, labelled, names):
+    """Accuracy, UAR, confusion matrix and report of the files whose names tell the emotion."""
+    from sklearn.metrics import classification_report  # here, because it takes a second to import
+
+    true, predicted = labelled.true_class, labelled.predicted_class
+    accuracy = (true == predicted).mean()
+    uar = (true == predicted).groupby(true).mean().mean()
+    figures = f"{len(labelled):,} files with a known emotion: accuracy {100 * accuracy:.1f} %, UAR {100 * uar:.1f} %"
+    print(figures)
+    report = classification_report(true, predicted, labels=names, zero_division=0, digits=3)
+    with whole_file(output_dir / "classification_report.txt") as temporary:
+        Path(temporary).write_text(f"{figures}\n\n{report}", encoding="utf-8")
+    plot_confusion(output_dir / "confusion_matrix.png", [names.index(t) for t in true], [names.index(p) for p in predicted], names, f"{len(labelled):,} files with a known emotion")
+
+
+# --------------------------------------------------------------------------------------
+# Main
+
+
+def parse_args():
+    """The command line, checked; a wrong one ends the program with exit status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through, or one file")
+    parser.add_argument("--model_path", type=Path, required=True, help="best_model.pth of cremad_custom2.py")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--max_width", type=int, help="frames; longer clips are cut (default: the checkpoint's, usually 191)")
+    parser.add_argument("--cpu", action="store_true", help="do not use the GPU")
+    parser.add_argument("--visualize", action="store_true", help="a picture for each file")
+    parser.add_argument("--batch_size", type=int, default=64, help="files classified together (default 64)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read, processes that draw (default: all cores)")
+    parser.add_argument("--resume", action="store_true", help="go on from an interrupted run's classification_results.csv.partial")
+    parser.add_argument("--strict", action="store_true", help="exit status 1 if any file failed")
+    args = parser.parse_args()
+    for name in ("max_width", "batch_size", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: take at least 1")
+    return args
+
+
+def picture_paths(paths, output_dir):
+    """Where each file's picture goes: its stem .png; a.wav beside a.flac: a.wav.png, a.flac.png."""
+    stems = Counter(os.path.splitext(path)[0] for path in paths)
+    return {path: output_dir / "mel_spectrograms" / f"{stem if stems[stem := os.path.splitext(path)[0]] == 1 else path}.png" for path in paths}
+
+
+def classify_all(args, paths, model, checkpoint, device, artists):
+    """Classifies the paths; each batch's rows go to the partial file as it is done. Returns how many clips were cut."""
+    classes, mel_config = checkpoint["classes"], checkpoint["mel_config"]
+    columns = ["file", "predicted_class", "predicted_code", "confidence", *(c["name"] for c in classes), "duration_s", "true_class", "error"]
+    partial = args.output_dir / "classification_results.csv.partial"
+    kept = read_partial(partial, columns) if args.resume else []
+    done = {row[0] for row in kept}
+    left = [path for path in paths if cell(path) not in done]
+    max_width, cut, drawings = args.max_width or checkpoint["max_width"], 0, []
+    pictures = picture_paths(paths, args.output_dir)
+    folder = args.input_dir if args.input_dir.is_dir() else args.input_dir.parent
+    read = functools.partial(read_clip, folder=folder, mel_config=mel_config)
+    with whole_file(partial) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *kept])
+    with open(partial, "a", newline="", encoding="utf-8", errors="surrogateescape") as file, tqdm(total=len(left), desc="Classifying", unit="file") as bar:
+        for some, clips in read_ahead(left, read, args.workers, BATCHES_AT_ONCE * args.batch_size):
+            probabilities = classify([mel for mel, _, _ in clips], model, checkpoint, max_width, args.batch_size, device)
+            csv.writer(file, lineterminator="\n").writerows(result_row(path, p, seconds, error, classes) for path, p, (_, seconds, error) in zip(some, probabilities, clips, strict=True))
+            file.flush()
+            cut += sum(mel is not None and mel.shape[1] > max_width for mel, _, _ in clips)
+            if artists:
+                draw_some(artists, some, clips, probabilities, pictures, checkpoint, args.output_dir)
+            bar.update(len(some))
+    os.replace(partial, args.output_dir / "classification_results.csv")
+    return cut, max_width
+
+
+def draw_some(artists, paths, clips, probabilities, pictures, checkpoint, output_dir):
+    """Draws one picture a classified clip, in the drawing processes."""
+    names, mel_config = tuple(c["name"] for c in checkpoint["classes"]), checkpoint["mel_config"]
+    jobs = [artists.submit(draw_clip, str(pictures[path]), str(output_dir / f".drawing-{os.getpid()}-{i}.tmp"), path, mel, p.tolist(), names, mel_config)
+            for i, (path, (mel, _, error), p) in enumerate(zip(paths, clips, probabilities, strict=True)) if not error]  # fmt: skip
+    for job in jobs:
+        job.result()
+
+
+def main():
+    """Loads the model, classifies, draws, sums up; returns the exit status."""
+    args, started = parse_args(), time.perf_counter()
+    artists = None
+    if args.visualize:  # before the first thread starts, so that forked processes are safe
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        artists = ProcessPoolExecutor(args.workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        artists.submit(int).result()
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
+    model, checkpoint = load_checkpoint(args.model_path, device)
+    paths = find_files(args.input_dir)
+    if not paths:
+        sys.exit(f"--input_dir {args.input_dir} " + ("holds no .wav or .flac file, nor does any folder below it." if args.input_dir.is_dir() else "is neither a folder nor a .wav or .flac file."))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {len(paths):,} files.")
+    try:
+        cut, max_width = classify_all(args, paths, model, checkpoint, device, artists)
+    except BrokenProcessPool:
+        sys.exit("A drawing process was killed, most often for want of memory: run again with --resume and fewer --workers.")
+    finally:
+        if artists:
+            artists.shutdown(wait=False, cancel_futures=True)
+    results = pd.read_csv(args.output_dir / "classification_results.csv", dtype=str, keep_default_na=False, encoding_errors="surrogateescape")
+    failed = int((results.error != "").sum())
+    if failed < len(results):
+        write_summary(args.output_dir, results, [c["name"] for c in checkpoint["classes"]])
+    if cut:
+        print(f"{cut} clips are longer than --max_width, {max_width} frames ({max_width * checkpoint['mel_config']['hop_length'] / checkpoint['mel_config']['sample_rate']:.1f} s): the rest of them was not heard.")
+    if failed:
+        print(f"{failed} of {len(results)} files could not be classified: the column `error` says why.")
+    print(f"{time.perf_counter() - started:.1f} s. Results: {args.output_dir / 'classification_results.csv'}")
+    if failed == len(results):
+        sys.exit(f"No file could be classified, the first because it is {results.error[0]}")
+    return 1 if args.strict and failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nStopped. The rows that were written stay: the same command with --resume goes on from there.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"{error.filename or 'A file'}: {error.strerror or error}. What was written before stays: mend this and run again with --resume.")
