@@ -367,7 +367,7 @@ def draw_clip(path, temporary, title, mel, probabilities, names, mel_config):
     image.set(data=mel, extent=(0, seconds, -0.5, len(mel) - 0.5), clim=(max(mel.max() - 80, mel.min()), mel.max()))
     left.set(xlim=(0, seconds), ylim=(-0.5, len(mel) - 0.5))
     hertz = librosa.mel_frequencies(n_mels=len(mel) + 2, fmin=mel_config["fmin"], fmax=mel_config["fmax"])[1:-1]
-    marks = [f for f in (125, 250, 500, 1000, 2000, 4000, 8000, 16000) if hertz[0] <= f <= hertz[-1]]
+    marks = [f for f in (250, 500, 1000, 2000, 4000, 8000, 16000) if hertz[0] <= f <= hertz[-1]]
     left.set_yticks(np.interp(marks, hertz, np.arange(len(mel))), marks)
     left.set_title(title, parse_math=False, fontsize=9)
     for bar, p in zip(bars, probabilities, strict=True):
@@ -376,6 +376,7 @@ def draw_clip(path, temporary, title, mel, probabilities, names, mel_config):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names may hold letters that the font lacks
         figure.savefig(temporary, format="png", dpi=130)
+    figure.set_layout_engine("none")  # laid out once: every clip has the same places
     os.replace(temporary, path)
 
 
@@ -387,7 +388,7 @@ def plot_confidence(path, results, names):
     counts = results.predicted_class.value_counts()
     shown = results.sample(min(len(results), 3000), random_state=0)
     seaborn.stripplot(shown, x="predicted_class", y="percent", order=names, color="#0072B2", size=2, alpha=0.5, jitter=0.3, ax=axes)
-    seaborn.boxplot(results, x="predicted_class", y="percent", order=names, color="white", fill=False, linecolor="#D55E00", showfliers=False, width=0.7, ax=axes)
+    seaborn.boxplot(results, x="predicted_class", y="percent", order=names, color="#D55E00", fill=False, showfliers=False, width=0.7, ax=axes)
     axes.axhline(100 / len(names), color="#555555", linestyle="--", linewidth=1)
     axes.set(xlabel="Predicted emotion (number of files)", ylabel="Confidence (%)", ylim=(0, 101), title="Confidence by predicted emotion (dashed: chance)")
     axes.set_xticks(range(len(names)), [f"{name}\n({counts.get(name, 0)})" for name in names])

@@ -1,0 +1,8 @@
+#!/bin/sh
+# All tests: sh tests/run.sh. Arguments go to pytest: sh tests/run.sh -k padding
+set -e
+arguments="$*"
+set -- tests/requirements.txt
+. "$(dirname "$0")/setup.sh"
+# shellcheck disable=SC2086
+exec .venv/bin/python -m pytest tests $arguments

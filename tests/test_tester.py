@@ -1,0 +1,154 @@
+"""custom2_tester.py: the trainer's figures again, the results' contract, bad input."""
+
+import csv
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+from conftest import ROOT, classify, generate, run, train
+from test_generator import bad_files
+
+COLUMNS = "file,predicted_class,predicted_code,confidence,Angry,Disgust,Fear,Happy,Neutral,Sad,duration_s,true_class,error"
+NAMES = COLUMNS.split(",")[4:10]
+
+
+def results(folder):
+    with open(folder / "classification_results.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def unheard(corpus, trained, tmp_path_factory):
+    """The audio of the trainer's test clips."""
+    folder = tmp_path_factory.mktemp("unheard")
+    for stem in pd.read_csv(trained / "test_predictions.csv").stem:
+        shutil.copy(corpus / f"{stem}.wav", folder)
+    return folder
+
+
+def test_the_trainers_test_figures_again(trained, unheard, tmp_path):
+    text = classify(unheard, trained / "best_model.pth", tmp_path, "--cpu", "--batch_size", 4)
+    ours = pd.DataFrame(results(tmp_path)).set_index("file")
+    theirs = pd.read_csv(trained / "test_predictions.csv").set_index("stem")
+    theirs.index += ".wav"
+    assert (ours.loc[theirs.index, NAMES].astype(float) - theirs[NAMES]).abs().max().max() < 1e-3
+    assert (ours.loc[theirs.index].predicted_class == theirs.predicted_class).all()
+    test = json.loads((trained / "metrics.json").read_text())["test"]
+    assert f"accuracy {100 * test['accuracy']:.1f} %, UAR {100 * test['uar']:.1f} %" in text
+    assert f"accuracy {100 * test['accuracy']:.1f} %" in (tmp_path / "classification_report.txt").read_text()
+
+
+def test_outputs_are_those_of_the_contract(trained, unheard, tmp_path):
+    classify(unheard, trained / "best_model.pth", tmp_path, "--visualize", "--workers", 2)
+    assert {p.name for p in tmp_path.iterdir()} == {"classification_results.csv", "summary.csv", "confidence_distribution.png", "confusion_matrix.png", "classification_report.txt", "mel_spectrograms"}
+    assert (tmp_path / "classification_results.csv").read_text().splitlines()[0] == COLUMNS
+    rows = results(tmp_path)
+    assert [r["file"] for r in rows] == sorted(p.name for p in unheard.iterdir())
+    for row in rows:
+        probabilities = [float(row[n]) for n in NAMES]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5) and float(row["confidence"]) == max(probabilities)
+        assert row["predicted_class"] == NAMES[int(np.argmax(probabilities))] and row["predicted_class"][:3].upper() == row["predicted_code"]
+        assert float(row["duration_s"]) == pytest.approx(soundfile.info(unheard / row["file"]).duration, abs=1e-3)
+        assert row["true_class"][:3].upper() == row["file"].split("_")[2]
+    summary = pd.read_csv(tmp_path / "summary.csv")
+    assert summary["count"].sum() == len(rows) and summary["class"].tolist() == NAMES
+    assert {p.stem for p in (tmp_path / "mel_spectrograms").iterdir()} == {p.stem for p in unheard.iterdir()}
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in tmp_path.rglob("*.png"))
+
+
+def test_features_travel_in_the_checkpoint(corpus, tmp_path):
+    generate(corpus, tmp_path / "mels", "--n_mels", 64, "--hop_length", 256, "--no_augment")
+    train(tmp_path / "run", tmp_path / "mels", MAX_WIDTH=60)
+    model = tmp_path / "run/output/best_model.pth"
+    (tmp_path / "alone").mkdir()
+    shutil.copy(ROOT / "custom2_tester.py", tmp_path / "alone")
+    text = run(tmp_path / "alone/custom2_tester.py", "--input_dir", corpus, "--model_path", model, "--output_dir", tmp_path / "out", cwd=tmp_path)
+    ours = pd.DataFrame(results(tmp_path / "out")).set_index("file")
+    theirs = pd.read_csv(tmp_path / "run/output/test_predictions.csv").set_index("stem")
+    theirs.index += ".wav"
+    assert (ours.loc[theirs.index, NAMES].astype(float) - theirs[NAMES]).abs().max().max() < 1e-3
+    assert "clips are longer than --max_width, 60 frames (1.0 s)" in text
+    assert "longer than" not in classify(corpus, model, tmp_path / "whole", "--max_width", 1000)
+
+
+def test_awkward_names_one_file_and_failures(corpus, trained, tmp_path):
+    source, folder = sorted(corpus.iterdir())[0], tmp_path / "in"
+    (folder / "sub, folder").mkdir(parents=True)
+    (folder / "x.wav").mkdir()
+    names = ["=1+1.wav", "-x.WAV", "+.wav", "@a.wav", "new\nline.wav", 'quo"te.wav', "sub, folder/b c.wav", "ünï😀.wav", "$x$.wav", "n" * 246 + ".wav"]
+    for name in names:
+        shutil.copy(source, folder / name)
+    words = bad_files(folder)
+    text = classify(folder, trained / "best_model.pth", tmp_path / "out", "--visualize")
+    rows = {r["file"]: r for r in results(tmp_path / "out")}
+    shown = [f"./{n}" if n[0] in "=+-@" else n for n in names]
+    assert rows.keys() == {*shown, *words}
+    assert len({rows[n]["confidence"] for n in shown}) == 1 and not any(rows[n]["error"] for n in shown)
+    for name, word in words.items():
+        assert word in rows[name]["error"] and rows[name]["confidence"] == rows[name]["predicted_class"] == ""
+    assert f"{len(words)} of {len(rows)} files could not be classified" in text
+    assert (tmp_path / "out/mel_spectrograms/sub, folder/b c.png").exists() and len(list(tmp_path.rglob("*.png"))) == len(names) + 1
+    classify(folder, trained / "best_model.pth", tmp_path / "out", "--strict", code=1)
+    text = classify(source, trained / "best_model.pth", tmp_path / "one")
+    assert [r["file"] for r in results(tmp_path / "one")] == [source.name] and source.name in text
+
+
+def test_runs_repeat_byte_for_byte_and_resume(corpus, trained, tmp_path):
+    model = trained / "best_model.pth"
+    for name in ("one", "two"):
+        classify(corpus, model, tmp_path / name, "--cpu")
+    whole = (tmp_path / "one/classification_results.csv").read_bytes()
+    assert (tmp_path / "two/classification_results.csv").read_bytes() == whole
+    partial = tmp_path / "two/classification_results.csv.partial"
+    lines = whole.splitlines(keepends=True)
+    marked = lines[1].replace(lines[1].split(b",")[3], b"0.123456", 1)  # rows that were written are kept, not made again
+    partial.write_bytes(b"".join([lines[0], marked, *lines[2:20]]) + lines[20][:30])
+    classify(corpus, model, tmp_path / "two", "--cpu", "--resume")
+    again = (tmp_path / "two/classification_results.csv").read_bytes().splitlines(keepends=True)
+    assert again[1] == marked and [row.split(b",")[0] for row in again] == [row.split(b",")[0] for row in lines] and not partial.exists()
+
+
+def damaged(path, what):
+    checkpoint = torch.load(path, weights_only=True)
+    state, config = checkpoint["model_state_dict"], checkpoint["model_config"]
+    changes = {"lacks": lambda: checkpoint.pop("mel_config"), "newer": lambda: checkpoint.update(format_version=99), "NaN": lambda: state["head.0.weight"].fill_(float("nan")),
+               "size": lambda: config.update(hidden=16), "bands": lambda: checkpoint["mel_config"].update(n_mels=64), "keys": lambda: state.pop("head.0.weight")}  # fmt: skip
+    changes[what]()
+    torch.save(checkpoint, path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+@pytest.mark.parametrize("make, word", [
+    (lambda p: p.write_text("hello"), "is damaged, or no checkpoint"), (lambda p: p.write_bytes(p.read_bytes()[:5000]), "is damaged, or no checkpoint"), (lambda p: p.write_bytes(b""), "is damaged, or no checkpoint"),
+    (lambda p: p.write_bytes(pickle.dumps(Bomb())), "is damaged, or no checkpoint"), (lambda p: torch.save(Bomb(), p), "is damaged, or no checkpoint"), (lambda p: p.unlink(), "No such file"),
+    (lambda p: torch.save({"weight": torch.ones(2)}, p), "it lacks format_version"), (lambda p: torch.save([1], p), "is no checkpoint"),
+    (lambda p: damaged(p, "lacks"), "lacks mel_config"), (lambda p: damaged(p, "newer"), "format version 99"), (lambda p: damaged(p, "NaN"), "NaN or infinite"),
+    (lambda p: damaged(p, "size"), "contradicts itself"), (lambda p: damaged(p, "bands"), "number of mel bands"), (lambda p: damaged(p, "keys"), "contradicts itself"),
+])  # fmt: skip
+def test_strangers_checkpoints(corpus, trained, tmp_path, make, word):
+    path = tmp_path / "model.pth"
+    shutil.copy(trained / "best_model.pth", path)
+    make(path)
+    text = classify(corpus, path, tmp_path / "out", code=1)
+    assert word in text and "model.pth" in text and not (ROOT / "exploded").exists()
+
+
+def test_wrong_arguments_and_folders(corpus, trained, tmp_path):
+    model = trained / "best_model.pth"
+    assert "--batch_size" in classify(corpus, model, tmp_path / "out", "--batch_size", 0, code=2)
+    assert "neither a folder" in classify(tmp_path / "absent", model, tmp_path / "out", code=1)
+    (tmp_path / "empty").mkdir()
+    assert "holds no .wav or .flac" in classify(tmp_path / "empty", model, tmp_path / "out", code=1)
+    bad_files(tmp_path / "empty")
+    assert "No file could be classified" in classify(tmp_path / "empty", model, tmp_path / "out", code=1)
+    (tmp_path / "file").write_text("x")
+    assert str(tmp_path / "file") in classify(corpus, model, tmp_path / "file/out", code=1)

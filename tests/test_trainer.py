@@ -1,0 +1,308 @@
+"""cremad_custom2.py: split, sampling, padding, mixed precision, schedule, outputs, bad input."""
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TOY, generate, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import cremad_custom2 as trainer
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    return lambda **values: [monkeypatch.setattr(trainer, name, value) for name, value in values.items()]
+
+
+def toy_model(n_mels=128):
+    torch.manual_seed(0)
+    model = trainer.EmotionClassifier(n_mels, 6, (8, 8, 16, 16), trainer.STRIDES, 32, 4, 0.3)
+    for norm in model.modules():  # as after training: a fresh batch norm hides what padding does
+        if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d):
+            nn.init.uniform_(norm.bias, 0.2, 1.0)
+            nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+    return model.eval()
+
+
+def table(actors, emotions_of):
+    rows = [(f"{a}_S{i}_{e}_XX", v, a, e) for a in actors for i, e in enumerate(emotions_of(a)) for v in ("original", "pitch_up", "noise_low")]
+    return pd.DataFrame([("", *row) for row in rows], columns=["path", "stem", "variant", "actor", "emotion"])
+
+
+# ---- no leakage
+
+
+@settings(max_examples=40, deadline=None)
+@given(n_actors=st.integers(3, 40), clips=st.integers(1, 12), seed=st.integers(0, 1000), by=st.sampled_from(["actor", "clip"]))
+def test_no_voice_on_two_sides_and_no_copy_outside_training(n_actors, clips, seed, by):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"SPLIT": by, "SEED": seed, "BATCH_SIZE": 1}.items():
+            patch.setattr(trainer, name, value)
+        random = np.random.default_rng(seed)
+        split = trainer.assign_split(table([str(1000 + a) for a in range(n_actors)], lambda a: random.choice(list(trainer.EMOTIONS), clips + (n_actors < 4) * 4)))
+    assert set(split.split) == {"train", "val", "test"}
+    assert (split[split.split != "train"].variant == "original").all()
+    assert split.groupby("stem").split.nunique().max() == 1
+    if by == "actor":
+        assert split.groupby("actor").split.nunique().max() == 1
+    assert set(split[split.split == "train"].variant) == {"original", "pitch_up", "noise_low"}
+
+
+def test_split_is_70_15_15_and_even_over_emotions(constants):
+    constants(SPLIT="actor")
+    codes = list(trainer.EMOTIONS)
+    split = trainer.assign_split(table([str(1000 + a) for a in range(40)], lambda a: codes * 2 + codes[: int(a) % 6]))
+    assert split.groupby("split").actor.nunique().to_dict() == {"train": 28, "val": 6, "test": 6}
+    originals = split[split.variant == "original"]
+    shares = pd.crosstab(originals.split, originals.emotion, normalize="index")
+    assert (shares.max() - shares.min()).max() < 0.02
+
+
+def test_augmented_files_of_held_out_actors_change_nothing(mels, trained, tmp_path):
+    split = pd.read_csv(trained / "split.csv", dtype=str).set_index("stem").split
+    shutil.copytree(mels, tmp_path / "mels")
+    removed = [p for p in (tmp_path / "mels").rglob("*.npy") if not p.stem.endswith("_original") and split[re.sub(r"(_XX|_X\d+)_.*", r"\1", p.stem)] != "train"]
+    assert len(removed) == 2 * (split != "train").sum()
+    for path in removed:
+        path.unlink()
+    train(tmp_path / "run", tmp_path / "mels")
+    assert (tmp_path / "run/output/test_predictions.csv").read_bytes() == (trained / "test_predictions.csv").read_bytes()
+    assert history(tmp_path / "run/output") == history(trained)
+
+
+def test_published_split_as_csv(mels, tmp_path):
+    stems = sorted(p.stem.removesuffix("_original") for p in mels.rglob("*_original.npy"))
+    rows = [(s, "test" if s < "1003" else "val" if s < "1004" else "train") for s in stems if s < "1008"] + [("9999_no_ANG_X", "train")]
+    (tmp_path / "split.csv").write_text("stem,split\n" + "".join(f"{s},{side}\n" for s, side in rows))
+    text = train(tmp_path / "run", mels, SPLIT=str(tmp_path / "split.csv"), EPOCHS=1)
+    assert "1 of its 43 stems have no spectrogram; 6 clips that it does not name are left out" in text
+    used = pd.read_csv(tmp_path / "run/output/split.csv", dtype=str)
+    assert dict(zip(used.stem, used.split, strict=True)) == dict(rows[:-1])
+
+
+# ---- sampling
+
+
+def test_sampler_draws_every_emotion_as_often(constants):
+    constants(BATCH_SIZE=50)
+    data = trainer.Spectrograms.__new__(trainer.Spectrograms)
+    data.label = torch.repeat_interleave(torch.arange(6), torch.tensor([1000, 500, 250, 100, 50, 2100]))
+    data.length = torch.randint(10, 100, (4000,))
+    everyone = torch.arange(4000)
+    shares = lambda weighted: (constants(WEIGHTED_SAMPLING=weighted), data.label[trainer.draw_epoch(data, everyone, torch.Generator().manual_seed(1)).flatten()].bincount() / 4000)[1]  # noqa: E731
+    assert (shares(True) - 1 / 6).abs().max() < 0.03
+    assert (shares(False) - data.label.bincount() / 4000).abs().max() < 1e-6
+
+
+def test_batches_hold_clips_of_like_length(constants):
+    constants(BATCH_SIZE=10)
+    data = trainer.Spectrograms.__new__(trainer.Spectrograms)
+    data.label, data.length = torch.arange(600) % 6, torch.randint(10, 190, (600,), generator=torch.Generator().manual_seed(0))
+    length = data.length[trainer.draw_epoch(data, torch.arange(600), torch.Generator().manual_seed(1))]
+    assert (length.amax(1) - length.amin(1)).float().mean() < 10
+    assert (length.float().mean(1).diff() < 0).any()  # but not the short ones first
+
+
+# ---- the model
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 16, 61, 190])
+def test_padding_changes_no_logit(frames):
+    model, clip = toy_model(), torch.randn(frames, 128, generator=torch.Generator().manual_seed(frames))
+    other = torch.randn(191, 128)
+    alone = model(clip[None], torch.tensor([frames]))
+    together = model(nn.utils.rnn.pad_sequence([other, clip], batch_first=True), torch.tensor([191, frames]))
+    assert (alone[0] - together[1]).abs().max() < 1e-4
+    assert (model(other[None], torch.tensor([191]))[0] - together[0]).abs().max() < 1e-4
+
+
+def test_order_of_frames_matters():
+    model, clip = toy_model(), torch.randn(1, 80, 128)
+    shuffled = clip[:, torch.randperm(80)]
+    assert (model(clip, torch.tensor([80])) - model(shuffled, torch.tensor([80]))).abs().max() > 1e-3
+
+
+def test_architecture_as_documented():
+    model = trainer.EmotionClassifier(128, 6, trainer.CHANNELS, trainer.STRIDES, trainer.HIDDEN, trainer.HEADS, trainer.DROPOUT)
+    assert len(model.blocks) == 4 and all(isinstance(b.norm1, nn.BatchNorm2d) for b in model.blocks)
+    assert (model.lstm.hidden_size, model.lstm.num_layers, model.lstm.bidirectional) == (512, 2, True)
+    assert isinstance(model.attention, nn.MultiheadAttention)
+    kinds = [type(layer) for layer in model.head]
+    assert (kinds.count(nn.Linear), kinds.count(nn.BatchNorm1d)) == (3, 2)
+    assert sum(p.numel() for p in model.parameters()) * 4 < 100e6
+
+
+def test_logits_do_not_depend_on_batch_size_or_order():
+    model, random = toy_model(), torch.Generator().manual_seed(3)
+    clips = [torch.randn(n, 128, generator=random) for n in (80, 3, 191, 55, 80, 21)]
+    one = trainer.logits_of(model, clips, 1, torch.device("cpu"))
+    assert (trainer.logits_of(model, clips, 4, torch.device("cpu")) - one).abs().max() < 1e-4
+    assert (trainer.logits_of(model, clips[::-1], 4, torch.device("cpu")).flip(0) - one).abs().max() < 1e-4
+
+
+def test_mixed_precision_reaches_the_model_and_can_be_switched_off(constants, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    constants(DEVICE="cpu", AMP="auto")
+    device, amp = trainer.pick_device()
+    assert amp is torch.bfloat16
+    seen, model = [], toy_model()
+    model.blocks[1].conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    for number_type in (amp, None):
+        with torch.autocast(device.type, number_type, enabled=number_type is not None):
+            model(torch.randn(2, 20, 128), torch.tensor([20, 20]))
+    assert seen == [torch.bfloat16, torch.float32]
+    constants(AMP="off")
+    assert trainer.pick_device()[1] is None
+    constants(AMP="auto")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert trainer.pick_device()[1] is None
+
+
+# ---- the loop
+
+
+@pytest.fixture
+def stubbed(constants, monkeypatch, tmp_path):
+    """train() on validation accuracies given beforehand; returns the run."""
+    constants(EPOCHS=30, PATIENCE=4, LR_PATIENCE=1, LR_FACTOR=0.5, WARMUP_EPOCHS=0, LEARNING_RATE=0.1, **{n: v for n, v in TOY.items() if n in ("CHANNELS", "HIDDEN", "HEADS")})
+
+    def go(accuracies):
+        queue, label = iter(accuracies), torch.arange(100) % 6
+        data = trainer.Spectrograms.__new__(trainer.Spectrograms)
+        data.label, data.start, data.length, data.frames = label, torch.arange(100), torch.ones(100, dtype=torch.long), torch.zeros(200, 128)
+        monkeypatch.setattr(trainer, "train_epoch", lambda *_: (1.0, 0.5))
+
+        def logits(*_):
+            right = round(100 * next(queue))
+            answer = torch.where(torch.arange(100) < right, label, (label + 1) % 6)
+            return nn.functional.one_hot(answer, 6).float()
+
+        monkeypatch.setattr(trainer, "logits_of", logits)
+        run = trainer.Run({"n_mels": 128, "n_classes": 6, "channels": trainer.CHANNELS, "strides": trainer.STRIDES, "hidden": 32, "heads": 4, "dropout": 0.3}, torch.device("cpu"), None)
+        trainer.train(run, data, {"train": torch.arange(100), "val": torch.arange(100)}, tmp_path, {"mean": [0.0] * 128, "std": [1.0] * 128}, {"n_mels": 128}, {})
+        return run
+
+    return go
+
+
+def test_early_stopping_and_best_model(stubbed, tmp_path):
+    run = stubbed([0.2, 0.5, 0.4, 0.6, 0.55, 0.6, 0.5, 0.59, 0.9])
+    assert len(run.history) == 8 and run.best_epoch == 4  # 4 epochs after the best; a tie is no improvement
+    best = torch.load(tmp_path / "best_model.pth", weights_only=True)
+    assert best["epoch"] == 4 and best["metrics"]["val_accuracy"] == pytest.approx(0.6)
+
+
+def test_plateau_lowers_the_learning_rate(stubbed):
+    run = stubbed([0.5, 0.4, 0.4, 0.4, 0.4])
+    assert [row["learning_rate"] for row in run.history] == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
+
+
+def history(folder):
+    with open(folder / "history.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "train_clips_per_s")} for row in csv.DictReader(file)]
+
+
+def test_resumed_run_is_the_unbroken_run(mels, trained, tmp_path):
+    train(tmp_path, mels, EPOCHS=1)
+    text = train(tmp_path, mels, EPOCHS=2, RESUME=True)
+    assert "after epoch 1" in text
+    assert history(tmp_path / "output") == history(trained)
+    for name in ("last_checkpoint.pth", "best_model.pth"):
+        ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (tmp_path / "output", trained))
+        key = "model" if "model" in ours else "model_state_dict"
+        assert all(torch.equal(ours[key][k], theirs[key][k]) for k in theirs[key])
+    text = train(tmp_path, mels, RESUME=True, SEED=1, code=1)
+    assert "SEED was 42, now 1" in text
+
+
+def test_resume_without_checkpoint_says_so_and_damage_is_told(mels, tmp_path):
+    assert "starting with epoch 1" in train(tmp_path, mels, RESUME=True, EPOCHS=1)
+    (tmp_path / "output" / "last_checkpoint.pth").write_bytes(b"junk")
+    assert "no checkpoint of this script" in train(tmp_path, mels, RESUME=True, code=1)
+    assert "best_model_previous.pth" in train(tmp_path, mels, EPOCHS=1)
+    assert (tmp_path / "output" / "best_model_previous.pth").exists()
+
+
+def test_not_a_number_stops_with_a_sentence(mels, tmp_path):
+    text = train(tmp_path, mels, LEARNING_RATE=10.0, GRADIENT_CLIP=1e30, WARMUP_EPOCHS=0, EPOCHS=30, PATIENCE=30, AMP="off", LABEL_SMOOTHING=0.0, WEIGHT_DECAY=10.0, code=1)
+    assert "loss is" in text and "lower LEARNING_RATE" in text
+
+
+def test_outputs_are_those_of_the_contract(trained):
+    assert {p.name for p in trained.iterdir()} == {"best_model.pth", "last_checkpoint.pth", "history.csv", "training_history.png", "confusion_matrix.png",
+                                                   "classification_report.txt", "metrics.json", "test_predictions.csv", "split.csv"}  # fmt: skip
+    header = lambda name: (trained / name).read_text().splitlines()[0]  # noqa: E731
+    assert header("history.csv") == "epoch,train_loss,train_accuracy,val_loss,val_accuracy,val_uar,learning_rate,seconds,train_clips_per_s"
+    assert header("test_predictions.csv") == "stem,actor,true_class,predicted_class,Angry,Disgust,Fear,Happy,Neutral,Sad"
+    assert header("split.csv") == "stem,actor,emotion,split"
+    metrics, rows = json.loads((trained / "metrics.json").read_text()), pd.read_csv(trained / "test_predictions.csv")
+    assert metrics["test"]["accuracy"] == pytest.approx((rows.true_class == rows.predicted_class).mean())
+    assert metrics["test"]["uar"] == pytest.approx((rows.true_class == rows.predicted_class).groupby(rows.true_class).mean().mean())
+    assert metrics["test"].keys() == metrics["val"].keys() == {"accuracy", "uar", "macro_f1", "ece", "ece_before", "n_clips", "n_actors", "uar_ci95"}
+    assert metrics["test"]["n_actors"] == 1 and metrics["test"]["uar_ci95"] is None
+    assert np.allclose(rows[list(trainer.EMOTIONS.values())].sum(axis=1), 1, atol=1e-5)
+    checkpoint = torch.load(trained / "best_model.pth", weights_only=True)
+    assert {"format_version", "model_state_dict", "model_config", "mel_config", "normalization", "max_width", "classes", "temperature", "epoch", "metrics", "training_config", "versions"} == checkpoint.keys()
+
+
+def test_calibration_error_and_temperature():
+    label = torch.tensor([0] * 6 + [1] * 4)
+    sure = torch.tensor([[0.9, 0.1]]).repeat(10, 1)
+    assert trainer.calibration_error(sure, label) == pytest.approx(0.3)
+    logits = torch.tensor([[0.6, 0.4]]).log().repeat(10, 1)
+    assert trainer.fit_temperature(5 * logits, label) == pytest.approx(5, rel=0.02)
+
+
+def test_hidden_parts_are_within_the_clip(constants):
+    constants(TIME_MASK=8, MEL_MASK=4)
+    torch.manual_seed(0)
+    lengths = torch.tensor([40, 6] * 100)
+    x = torch.ones(200, 40, 128) * trainer.inside(lengths, 40)[:, :, None]
+    hidden = trainer.hide_parts(x.clone(), lengths)
+    rows = (hidden[::2] == 0).all(2).sum(1)
+    assert rows.max() == 8 and rows.min() == 0
+    assert (hidden[1::2, :6] == 0).all(2).sum(1).max() == 3  # at most half of a short clip
+    assert (hidden[::2] == 0).all(1).sum(1).max() == 4
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("name, value, word", [("EPOCHS", "many", "whole number"), ("BATCH_SIZE", 1, "BATCH_SIZE = 1"), ("DROPOUT", 1.5, "DROPOUT = 1.5"), ("AMP", "fp8", "AMP"), ("DEVICE", "toaster", "toaster"),
+                                               ("SPLIT", "by mood", "by mood"), ("MEL_DIR", "nowhere", "no folder"), ("RESUME", 1, "True or False"), ("CHANNELS", (1, 2), "four"), ("HEADS", 5, "divisor"),
+                                               ("BATCH_SIZE", 5000, "lower BATCH_SIZE")])  # fmt: skip
+def test_wrong_constants_are_a_sentence(mels, tmp_path, name, value, word):
+    text = train(tmp_path, mels, code=1, **{name: value})
+    assert word in text
+    assert not list(tmp_path.glob("output/*.pth"))
+
+
+def test_wrong_spectrogram_folders_are_a_sentence(corpus, mels, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "mel_config.json" in train(tmp_path / "run", tmp_path / "empty", code=1)
+    shutil.copy(mels / "mel_config.json", tmp_path / "empty")
+    assert "holds no EMO/*.npy" in train(tmp_path / "run", tmp_path / "empty", code=1)
+    (tmp_path / "two").mkdir()
+    for path in (p for p in corpus.iterdir() if p.name < "1003"):
+        shutil.copy(path, tmp_path / "two")
+    generate(tmp_path / "two", tmp_path / "two_mels")
+    assert "at least three" in train(tmp_path / "run", tmp_path / "two_mels", code=1)
+
+
+@pytest.mark.parametrize("damage, word", [(lambda p: p.write_bytes(p.read_bytes()[:-100]), "no whole|not a whole"), (lambda p: p.write_bytes(b""), "not a whole"), (lambda p: np.save(p, np.array([{}]), allow_pickle=True), "not a whole"),
+                                          (lambda p: np.save(p, np.zeros((64, 9), np.float32)), "64, 9"), (lambda p: np.save(p, np.full((128, 9), np.nan, np.float32)), "not finite"),
+                                          (lambda p: p.rename(p.with_name("1001_DFA_ANG_X0.npy")), "variant")])  # fmt: skip
+def test_damaged_spectrograms_are_named(mels, tmp_path, damage, word):
+    shutil.copytree(mels, tmp_path / "mels")
+    path = sorted((tmp_path / "mels").glob("ANG/*_original.npy"))[0]
+    damage(path)
+    text = train(tmp_path / "run", tmp_path / "mels", code=1)
+    assert re.search(word, text) and path.name[:10] in text
