@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import platform
 import sys
 import time
@@ -75,7 +74,7 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 AMP = "auto"  # mixed precision where the processor gains by it; "off": float32
 
 EMOTIONS = {"ANG": "Angry", "DIS": "Disgust", "FEA": "Fear", "HAP": "Happy", "NEU": "Neutral", "SAD": "Sad"}
-VARIANTS = ("original", "time_shift_pos", "time_shift_neg", "pitch_up", "pitch_down",
+VARIANT_NAMES = ("original", "time_shift_pos", "time_shift_neg", "pitch_up", "pitch_down",
             "stretch_fast", "stretch_slow", "noise_low", "noise_medium")  # fmt: skip
 MEL_SETTINGS = ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")
 FORMAT_VERSION = 1
@@ -145,9 +144,9 @@ def list_clips(mel_dir):
     rows = []
     for code in EMOTIONS:
         for path in sorted(mel_dir.glob(f"{code}/*.npy")):
-            variant = next((v for v in VARIANTS if path.stem.endswith(f"_{v}")), None)
+            variant = next((v for v in VARIANT_NAMES if path.stem.endswith(f"_{v}")), None)
             if variant is None:
-                sys.exit(f"{path}: the name does not end in a variant ({', '.join(VARIANTS)}): move the file out of MEL_DIR.")
+                sys.exit(f"{path}: the name does not end in a variant ({', '.join(VARIANT_NAMES)}): move the file out of MEL_DIR.")
             stem = path.stem.removesuffix(f"_{variant}")
             rows.append((str(path), stem, variant, stem.split("_")[0], code))
     if not rows:
@@ -241,7 +240,7 @@ class Spectrograms:
             at += len(mel)
         self.frames = torch.from_numpy(frames[:at])
         self.start, self.length = torch.tensor(start), torch.tensor(length)
-        self.label = torch.from_numpy(clips.emotion.map(list(EMOTIONS).index).to_numpy())
+        self.label = torch.tensor([list(EMOTIONS).index(code) for code in clips.emotion])
 
     def normalize(self, train):
         """Brings each mel band to mean 0, deviation 1 over the training clips; returns those figures."""
@@ -524,7 +523,7 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.history, self.best_epoch, self.best_accuracy = state["history"], state["best_epoch"], state["best_accuracy"]
-        except (OSError, RuntimeError, ValueError, KeyError, AttributeError, EOFError, TypeError, pickle.UnpicklingError) as error:
+        except Exception as error:  # bytes from anywhere make the unpickler raise anything
             sys.exit(f"RESUME = True, but {path} is no checkpoint of this script ({type(error).__name__}: {str(error).splitlines()[0]}): name another OUTPUT_DIR, or set RESUME = False.")
         print(f"Going on from {path}, after epoch {len(self.history)}.")
 
@@ -551,10 +550,13 @@ def load_checkpoint(path, device):
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:
-        sys.exit(f"{path}: {error.strerror or error}. --model_path takes the best_model.pth that cremad_custom2.py wrote.")
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, EOFError, TypeError, UnicodeError) as error:
-        sys.exit(f"{path} is damaged, or no checkpoint that can be read safely ({type(error).__name__}): take the best_model.pth that cremad_custom2.py wrote.")
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        sys.exit(f"{path}: {error.strerror}. Name the best_model.pth that cremad_custom2.py wrote.")
+    except Exception as error:  # bytes from anywhere make the unpickler raise anything
+        sys.exit(
+            f"{path} is damaged, or no checkpoint that can be read safely ({type(error).__name__}): "
+            "take the best_model.pth that cremad_custom2.py wrote."
+        )
     needed = ("format_version", "model_state_dict", "model_config", "mel_config", "normalization", "max_width", "classes", "temperature")
     missing = [key for key in needed if key not in checkpoint] if isinstance(checkpoint, dict) else ["a dict"]
     if missing:
@@ -624,7 +626,7 @@ def parse_args():
 
 def configuration(clips):
     """The constants, and the split's fingerprint: what a resumed run must share with the first."""
-    constants = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, (str, int, float, tuple)) and name not in ("VARIANTS", "MEL_SETTINGS")}
+    constants = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, (str, int, float, tuple)) and name not in ("VARIANT_NAMES", "MEL_SETTINGS")}
     split = clips[["stem", "variant", "split"]].to_csv(index=False)
     return constants | {"split_sha256": hashlib.sha256(split.encode("utf-8", "surrogateescape")).hexdigest()}
 

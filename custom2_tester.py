@@ -24,7 +24,6 @@ import io
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import time
@@ -131,10 +130,13 @@ def load_checkpoint(path, device):
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:
-        sys.exit(f"{path}: {error.strerror or error}. --model_path takes the best_model.pth that cremad_custom2.py wrote.")
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, EOFError, TypeError, UnicodeError) as error:
-        sys.exit(f"{path} is damaged, or no checkpoint that can be read safely ({type(error).__name__}): take the best_model.pth that cremad_custom2.py wrote.")
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        sys.exit(f"{path}: {error.strerror}. Name the best_model.pth that cremad_custom2.py wrote.")
+    except Exception as error:  # bytes from anywhere make the unpickler raise anything
+        sys.exit(
+            f"{path} is damaged, or no checkpoint that can be read safely ({type(error).__name__}): "
+            "take the best_model.pth that cremad_custom2.py wrote."
+        )
     needed = ("format_version", "model_state_dict", "model_config", "mel_config", "normalization", "max_width", "classes", "temperature")
     missing = [key for key in needed if key not in checkpoint] if isinstance(checkpoint, dict) else ["a dict"]
     if missing:
@@ -518,7 +520,7 @@ def main():
         sys.exit("A drawing process was killed, most often for want of memory: run again with --resume and fewer --workers.")
     finally:
         if artists:
-            artists.shutdown(wait=False, cancel_futures=True)
+            artists.shutdown(cancel_futures=True)
     results = pd.read_csv(args.output_dir / "classification_results.csv", dtype=str, keep_default_na=False, encoding_errors="surrogateescape")
     failed = int((results.error != "").sum())
     if failed < len(results):

@@ -240,7 +240,7 @@ def process_all(tasks, workers):
     except BrokenProcessPool:
         sys.exit("A worker process was killed, most often for want of memory: run again with fewer --workers. What was written stays, and is not done again.")
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 # --------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def remove_leftovers(output_dir, started):
             file.unlink(missing_ok=True)
 
 
-def print_summary(output_dir, clips, skipped, seconds):
+def print_counts(output_dir, clips, skipped, seconds):
     """Spectrograms in the folder by emotion and variant, what was skipped, where things are."""
     counts = Counter((f.parent.name, v) for c in EMOTIONS for f in output_dir.glob(f"{c}/*.npy")
                      for v in ["original", *VARIANTS] if f.stem.endswith(f"_{v}"))
@@ -371,7 +371,7 @@ def main():
     skipped |= process_all(tasks, args.workers)
     write_skipped(args.output_dir, skipped, clips)
     remove_leftovers(args.output_dir, started)
-    print_summary(args.output_dir, clips, skipped, time.time() - started)
+    print_counts(args.output_dir, clips, skipped, time.time() - started)
     if len(skipped) == len(clips) + len(skipped.keys() - clips.values()):
         sys.exit(f"No file could be used: {args.output_dir / 'skipped.csv'} says why.")
     return 1 if args.strict and skipped else 0
