@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -87,28 +88,37 @@ FREE_TO_CHANGE = {"MEL_DIR", "OUTPUT_DIR", "EPOCHS", "PATIENCE", "RESUME", "DEVI
 
 def check_constants():
     """Ends the program with a sentence for each constant of the wrong type or range."""
-    count = {n: (int, 1, math.inf) for n in ("MAX_WIDTH", "EPOCHS", "PATIENCE", "HIDDEN", "HEADS")}
-    count |= {n: (int, 0, math.inf) for n in ("WARMUP_EPOCHS", "TIME_MASK", "MEL_MASK", "LR_PATIENCE", "SEED")}
-    real = {n: ((int, float), 0, top) for n, top in (("WEIGHT_DECAY", 10), ("LABEL_SMOOTHING", 0.99), ("DROPOUT", 0.99))}
-    real |= {n: ((int, float), 1e-12, top) for n, top in (("LEARNING_RATE", 10), ("GRADIENT_CLIP", math.inf), ("LR_FACTOR", 0.99))}
-    wrong = []
-    for name, (kind, low, high) in (count | real | {"BATCH_SIZE": (int, 2, math.inf)}).items():
-        value = globals()[name]
-        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-            wrong.append(f"{name} = {value!r}: take {'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}")
-    wrong += [f"{name} = {globals()[name]!r}: take True or False" for name in ("RESUME", "WEIGHTED_SAMPLING") if not isinstance(globals()[name], bool)]
-    wrong += [f"{name} = {globals()[name]!r}: take a text in quotes" for name in ("MEL_DIR", "OUTPUT_DIR", "SPLIT", "DEVICE") if not (globals()[name] and isinstance(globals()[name], str))]
-    if AMP not in ("auto", "off"):
-        wrong.append(f'AMP = {AMP!r}: take "auto" or "off"')
-    pair = lambda s: isinstance(s, tuple) and len(s) == 2 and all(isinstance(n, int) and n >= 1 for n in s)  # noqa: E731
-    if not (isinstance(CHANNELS, tuple) and len(CHANNELS) == 4 and all(isinstance(c, int) and c >= 1 for c in CHANNELS)):
-        wrong.append(f"CHANNELS = {CHANNELS!r}: take four whole numbers")
-    if not (isinstance(STRIDES, tuple) and len(STRIDES) == 4 and all(map(pair, STRIDES))):
-        wrong.append(f"STRIDES = {STRIDES!r}: take four pairs of whole numbers")
-    if not wrong and 2 * HIDDEN % HEADS:
-        wrong.append(f"HEADS = {HEADS}: take a divisor of 2 * HIDDEN, {2 * HIDDEN}")
-    if wrong:
-        sys.exit("Constants at the top of cremad_custom2.py: " + "; ".join(wrong) + ".")
+
+    def whole(value, least):
+        return type(value) is int and value >= least
+
+    def real(value, least, most):
+        return type(value) in (int, float) and least <= value <= most
+
+    rules = [
+        ("MEL_DIR OUTPUT_DIR SPLIT DEVICE", lambda v: isinstance(v, str) and v, "a text in quotes"),
+        ("WEIGHTED_SAMPLING RESUME", lambda v: isinstance(v, bool), "True or False"),
+        ("MAX_WIDTH EPOCHS PATIENCE HIDDEN HEADS", lambda v: whole(v, 1), "a whole number, at least 1"),
+        ("WARMUP_EPOCHS TIME_MASK MEL_MASK LR_PATIENCE SEED", lambda v: whole(v, 0), "a whole number, at least 0"),
+        ("BATCH_SIZE", lambda v: whole(v, 2), "a whole number, at least 2: batch norm cannot train on one clip"),
+        ("DROPOUT LABEL_SMOOTHING", lambda v: real(v, 0, 0.99), "a number from 0 to 0.99"),
+        ("WEIGHT_DECAY", lambda v: real(v, 0, 10), "a number from 0 to 10"),
+        ("LEARNING_RATE GRADIENT_CLIP", lambda v: real(v, 1e-12, math.inf), "a number over 0"),
+        ("LR_FACTOR", lambda v: real(v, 1e-12, 0.99), "a number between 0 and 1"),
+        ("AMP", lambda v: v in ("auto", "off"), '"auto" or "off"'),
+        ("CHANNELS", lambda v: len(v) == 4 and all(whole(c, 1) for c in v), "four whole numbers"),
+        ("STRIDES", lambda v: len(v) == 4 and all(whole(t, 1) and whole(m, 1) for t, m in v), "four pairs"),
+        ("HEADS", lambda v: 2 * HIDDEN % v == 0, "a divisor of 2 * HIDDEN"),
+    ]
+    for names, legal, words in rules:
+        for name in names.split():
+            value = globals()[name]
+            try:
+                good = legal(value)
+            except (TypeError, ValueError):  # not even a tuple
+                good = False
+            if not good:
+                sys.exit(f"{name} = {value!r} at the top of cremad_custom2.py: take {words}.")
 
 
 def pick_device():
@@ -118,7 +128,7 @@ def pick_device():
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        sys.exit(f"DEVICE = {DEVICE!r} cannot be used here ({str(error).splitlines()[0]}): take \"auto\" or \"cpu\".")
+        sys.exit(f'DEVICE = {DEVICE!r} cannot be used here ({str(error).splitlines()[0]}): take "auto" or "cpu".')
     if AMP == "off":
         return device, None
     if device.type == "cuda":
@@ -136,19 +146,21 @@ def read_mel_config(mel_dir):
         config = json.loads(path.read_text(encoding="utf-8"))
         return {name: config[name] for name in MEL_SETTINGS}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"{path} does not tell the mel settings ({type(error).__name__}: {error}): MEL_DIR takes the --output_dir of mel_generator.py.")
+        sys.exit(
+            f"{path} does not tell the mel settings ({type(error).__name__}: {error}): "
+            "MEL_DIR takes the --output_dir of mel_generator.py."
+        )
 
 
 def list_clips(mel_dir):
     """A row for each spectrogram: path, stem, variant, actor, emotion; sorted by path."""
     rows = []
-    for code in EMOTIONS:
-        for path in sorted(mel_dir.glob(f"{code}/*.npy")):
-            variant = next((v for v in VARIANT_NAMES if path.stem.endswith(f"_{v}")), None)
-            if variant is None:
-                sys.exit(f"{path}: the name does not end in a variant ({', '.join(VARIANT_NAMES)}): move the file out of MEL_DIR.")
-            stem = path.stem.removesuffix(f"_{variant}")
-            rows.append((str(path), stem, variant, stem.split("_")[0], code))
+    for path in (path for code in EMOTIONS for path in sorted(mel_dir.glob(f"{code}/*.npy"))):
+        variant = next((v for v in VARIANT_NAMES if path.stem.endswith(f"_{v}")), None)
+        if variant is None:
+            sys.exit(f"{path}: the name ends in no variant ({', '.join(VARIANT_NAMES)}): move it out of MEL_DIR.")
+        stem = path.stem.removesuffix(f"_{variant}")
+        rows.append((str(path), stem, variant, stem.split("_")[0], path.parent.name))
     if not rows:
         sys.exit(f"MEL_DIR = {MEL_DIR!r} holds no EMO/*.npy: run mel_generator.py with --output_dir {MEL_DIR}")
     return pd.DataFrame(rows, columns=["path", "stem", "variant", "actor", "emotion"])
@@ -176,49 +188,60 @@ def split_evenly(groups, emotions, seed):
 
 
 def split_from_csv(stems):
-    """The sides that the CSV named by SPLIT gives to the stems; clips it does not name get none."""
+    """The sides that the CSV named by SPLIT gives to the stems; clips it does not name get None."""
     try:
         table = pd.read_csv(SPLIT, dtype=str)
         sides = dict(zip(table["stem"], table["split"], strict=True))
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f'SPLIT = {SPLIT!r} is neither "actor" nor "clip", nor a CSV with the columns stem,split ({error}).')
-    unknown = sorted({str(s) for s in sides.values()} - {"train", "val", "test"})
-    if unknown or len(sides) < len(table):
-        sys.exit(f"SPLIT = {SPLIT!r}: " + (f"split is {unknown[0]!r}: take train, val or test." if unknown else "a stem stands there twice."))
-    absent = len(sides.keys() - set(stems))
-    print(f"Split {SPLIT}: {absent} of its {len(sides)} stems have no spectrogram; {len(set(stems) - sides.keys())} clips that it does not name are left out.")
+    for side in set(sides.values()) - {"train", "val", "test"}:
+        sys.exit(f"SPLIT = {SPLIT!r}: split is {side!r} somewhere: take train, val or test.")
+    if len(sides) < len(table):
+        sys.exit(f"SPLIT = {SPLIT!r}: {table['stem'][table['stem'].duplicated()].iloc[0]} stands there twice.")
+    absent, unnamed = len(sides.keys() - set(stems)), len(set(stems) - sides.keys())
+    print(
+        f"Split {SPLIT}: {absent} of its {len(sides)} stems have no spectrogram; "
+        f"{unnamed} clips that it does not name are left out."
+    )
     return [sides.get(stem) for stem in stems]
 
 
 def assign_split(clips):
     """Adds the column `split`, drops what no side uses: variants other than the original only train."""
     originals = clips[clips.variant == "original"]
-    n_actors = clips.actor.nunique()
-    if SPLIT == "actor" and n_actors < 3:
-        sys.exit(f"MEL_DIR = {MEL_DIR!r} holds {n_actors} actor(s): a split by actor takes at least three, one each to train, validate and test.")
+    if SPLIT == "actor" and originals.actor.nunique() < 3:
+        sys.exit(
+            f"MEL_DIR = {MEL_DIR!r} holds {originals.actor.nunique()} actor(s): a split by actor takes at least "
+            "three, one each to train, validate and test."
+        )
     if SPLIT in ("actor", "clip"):
         side = split_evenly(originals.actor if SPLIT == "actor" else originals.stem, originals.emotion, SEED)
     else:
         side = split_from_csv(originals.stem)
     clips = clips.assign(split=clips.stem.map(dict(zip(originals.stem, side, strict=True))))
-    clips = clips[clips.split.notna() & ((clips.variant == "original") | (clips.split == "train"))].reset_index(drop=True)
+    used = clips.split.notna() & ((clips.variant == "original") | (clips.split == "train"))
+    clips = clips[used].reset_index(drop=True)
     for name in ("train", "val", "test"):
         if not (clips.split == name).any():
             sys.exit(f"SPLIT = {SPLIT!r} leaves no clip to {name}: train, val and test each need some.")
-    n_train = (clips.split == "train").sum()
-    if n_train < BATCH_SIZE:
-        sys.exit(f"BATCH_SIZE = {BATCH_SIZE}, but there are {n_train} spectrograms to train on: lower BATCH_SIZE, or make more spectrograms.")
+    if (n_train := (clips.split == "train").sum()) < BATCH_SIZE:
+        sys.exit(f"BATCH_SIZE = {BATCH_SIZE}, but there are {n_train} spectrograms to train on: lower BATCH_SIZE.")
     return clips
 
 
 def read_spectrogram(path, n_mels):
     """One .npy as float32 (frames, mel bands); ends the program if it is not what mel_generator.py writes."""
+    mend = "delete it and run mel_generator.py again."
     try:
         mel = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        sys.exit(f"{path} is not a whole .npy file ({error}): delete it and run mel_generator.py again.")
-    if mel.dtype != np.float32 or mel.ndim != 2 or len(mel) != n_mels or not mel.size or not np.isfinite(mel).all():
-        sys.exit(f"{path} holds {mel.dtype} {mel.shape}, not finite float32 ({n_mels}, frames) as mel_config.json says: delete it and run mel_generator.py again.")
+        sys.exit(f"{path} is not a whole .npy file ({error}): {mend}")
+    if mel.dtype != np.float32 or mel.ndim != 2 or len(mel) != n_mels or not mel.size:
+        sys.exit(
+            f"{path} holds {mel.dtype} {mel.shape}, not float32 ({n_mels}, frames) as mel_config.json says: {mend}"
+        )
+    if not np.isfinite(mel).all():
+        sys.exit(f"{path} holds numbers that are not finite: {mend}")
     return mel.T
 
 
@@ -252,6 +275,11 @@ class Spectrograms:
         std = (squares / n - mean.square()).clamp(min=1e-4).sqrt()
         self.frames.sub_(mean.float()).div_(std.float())
         return {"mean": mean.tolist(), "std": std.tolist()}
+
+    def to_gpu_if_it_fits(self, device):
+        """Moves all frames to a GPU of which they take less than half; else batches go there one by one."""
+        if device.type == "cuda" and self.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            self.frames = self.frames.to(device)
 
     def clip(self, i):
         """One clip, (frames, mel bands)."""
@@ -321,7 +349,7 @@ class EmotionClassifier(nn.Module):
             nn.Linear(hidden // 2, n_classes))  # fmt: skip
 
     def forward(self, x, lengths):
-        """Normalised log-mel (B, T, M), zero past each clip's frames, and lengths (B,) on the CPU, to logits (B, classes)."""
+        """Normalised log-mel (B, T, M), zero past each clip's frames, and CPU lengths (B,), to logits (B, classes)."""
         x, steps = x.unsqueeze(1), lengths.to(x.device)  # (B, 1, T, M)
         x = x.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
@@ -338,7 +366,7 @@ class EmotionClassifier(nn.Module):
 
 
 def logits_of(model, spectrograms, batch_size, device):
-    """Float32 logits (clips, classes) of normalised spectrograms, each (frames, mel bands), in batches of like length."""
+    """Float32 logits (clips, classes), on the CPU, of normalised spectrograms, each (frames, mel bands)."""
     order = sorted(range(len(spectrograms)), key=lambda i: len(spectrograms[i]))
     rows = []
     model.eval()
@@ -377,17 +405,16 @@ def hide_parts(x, lengths):
     return x
 
 
-def train_epoch(run, data, train, epoch):
+def train_epoch(run, epoch):
     """One pass over the training draw; returns mean loss and accuracy. Ends the program if the loss is no number."""
     torch.manual_seed(SEED * 100_003 + epoch)  # an epoch depends on its number alone: resuming repeats it
-    batches = draw_epoch(data, train, torch.default_generator)
+    batches = draw_epoch(run.data, run.sides["train"], torch.default_generator)
     total, right = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     run.model.train()
-    for step, index in enumerate(tqdm(batches, desc=f"Epoch {epoch}", unit="batch", leave=False)):
+    for step, index in enumerate(tqdm(batches, desc=f"Epoch {epoch}", unit="batch", leave=False), start=1):
         if epoch <= WARMUP_EPOCHS:
-            done = (epoch - 1 + (step + 1) / len(batches)) / WARMUP_EPOCHS
-            run.optimizer.param_groups[0]["lr"] = LEARNING_RATE * done
-        x, lengths, label = data.batch(index, run.device)
+            run.optimizer.param_groups[0]["lr"] = LEARNING_RATE * (epoch - 1 + step / len(batches)) / WARMUP_EPOCHS
+        x, lengths, label = run.data.batch(index, run.device)
         with torch.autocast(run.device.type, run.amp, enabled=run.amp is not None):
             logits = run.model(hide_parts(x, lengths), lengths)
         loss = F.cross_entropy(logits.float(), label, label_smoothing=LABEL_SMOOTHING)
@@ -397,16 +424,58 @@ def train_epoch(run, data, train, epoch):
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad()
-        total += loss.detach()
+        total += loss.detach()  # no .item() here: it would wait for the GPU at every batch
         right += (logits.argmax(1) == label).sum()
     if not math.isfinite(total):
-        sys.exit(f"The training loss is {float(total)} in epoch {epoch}: lower LEARNING_RATE ({LEARNING_RATE:g}), or set AMP = \"off\". best_model.pth and last_checkpoint.pth are those of the epochs before.")
+        sys.exit(
+            f"The training loss is {float(total)} in epoch {epoch}: lower LEARNING_RATE ({LEARNING_RATE:g}), or set "
+            f'AMP = "off". What is in {OUTPUT_DIR} is from the epochs before.'
+        )
     return float(total) / len(batches), float(right) / batches.numel()
 
 
-def recalls(true, predicted):
-    """The share found of each emotion that occurs; their mean is the UAR."""
-    return [float((predicted[true == c] == c).float().mean()) for c in range(len(EMOTIONS)) if (true == c).any()]
+def validate(run, epoch, loss, accuracy, seconds):
+    """The history's row for an epoch that took `seconds` to train, and the validation logits and labels."""
+    logits, label = run.logits("val", run.model)
+    row = {
+        "epoch": epoch,
+        "train_loss": loss,
+        "train_accuracy": accuracy,
+        "val_loss": float(F.cross_entropy(logits, label)),
+        "val_accuracy": float((logits.argmax(1) == label).float().mean()),
+        "val_uar": uar(label, logits.argmax(1)),
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "seconds": round(seconds, 2),
+        "train_clips_per_s": round(len(run.sides["train"]) // BATCH_SIZE * BATCH_SIZE / seconds, 1),
+    }
+    return row, logits, label
+
+
+def train(run):
+    """Epochs until EPOCHS or PATIENCE ends them; after each, everything needed to go on is on disk."""
+    while len(run.history) < EPOCHS and len(run.history) - run.best_epoch < PATIENCE:
+        epoch, started = len(run.history) + 1, time.perf_counter()
+        loss, accuracy = train_epoch(run, epoch)
+        row, logits, label = validate(run, epoch, loss, accuracy, time.perf_counter() - started)
+        run.history.append(row)
+        if epoch > WARMUP_EPOCHS:
+            run.scheduler.step(row["val_accuracy"])
+        if row["val_accuracy"] > run.best_accuracy:
+            run.best_accuracy, run.best_epoch = row["val_accuracy"], epoch
+            run.save_best(fit_temperature(logits, label))
+        run.save()
+        print(
+            f"epoch {epoch:3d}/{EPOCHS}  loss {loss:.3f} {row['val_loss']:.3f}  "
+            f"accuracy {100 * accuracy:4.1f} {100 * row['val_accuracy']:4.1f} %  UAR {100 * row['val_uar']:4.1f} %  "
+            f"lr {row['learning_rate']:.1e}  {row['seconds']:.0f} s  "
+            f"at most {(EPOCHS - epoch) * row['seconds'] / 60:.0f} min left{'  *' if run.best_epoch == epoch else ''}",
+            flush=True,
+        )
+
+
+def uar(true, predicted):
+    """Unweighted average recall: the mean over the emotions that occur of the share found."""
+    return float(np.mean([float((predicted[true == c] == c).float().mean()) for c in true.unique()]))
 
 
 def calibration_error(probabilities, label, bins=15):
@@ -422,23 +491,31 @@ def fit_temperature(logits, label):
     return min(torch.logspace(-1, 1, 401).tolist(), key=lambda t: float(F.cross_entropy(logits / t, label)))
 
 
+def uar_interval(true, predicted, actors):
+    """95 % interval of the UAR, 1,000 bootstrap draws of actors; None where there is one actor."""
+    names, random = np.unique(actors), np.random.default_rng(SEED)
+    if len(names) == 1:
+        return None
+    rows = {name: torch.from_numpy(np.flatnonzero(actors == name)) for name in names}
+    draws = (torch.cat([rows[name] for name in random.choice(names, len(names))]) for _ in range(1000))
+    return np.percentile([uar(true[drawn], predicted[drawn]) for drawn in draws], [2.5, 97.5]).tolist()
+
+
 def measure(logits, label, actors, temperature):
     """The figures of metrics.json for one side of the split."""
     from sklearn.metrics import f1_score  # here, because it takes a second to import
 
-    predicted, actors = logits.argmax(1), np.asarray(actors)
-    names, uars, random = np.unique(actors), [], np.random.default_rng(SEED)
-    rows = {name: torch.from_numpy(np.flatnonzero(actors == name)) for name in names}
-    for _ in range(1000 if len(names) > 1 else 0):
-        drawn = torch.cat([rows[name] for name in random.choice(names, len(names))])
-        uars.append(np.mean(recalls(label[drawn], predicted[drawn])))
+    predicted = logits.argmax(1)
     return {
-        "accuracy": float((predicted == label).float().mean()), "uar": float(np.mean(recalls(label, predicted))),
+        "accuracy": float((predicted == label).float().mean()),
+        "uar": uar(label, predicted),
         "macro_f1": float(f1_score(label, predicted, average="macro", labels=label.unique())),
-        "ece": calibration_error((logits / temperature).softmax(1), label), "ece_before": calibration_error(logits.softmax(1), label),
-        "n_clips": len(label), "n_actors": len(names),
-        "uar_ci95": np.percentile(uars, [2.5, 97.5]).tolist() if uars else None,
-    }  # fmt: skip
+        "ece": calibration_error((logits / temperature).softmax(1), label),
+        "ece_before": calibration_error(logits.softmax(1), label),
+        "n_clips": len(label),
+        "n_actors": len(np.unique(actors)),
+        "uar_ci95": uar_interval(label, predicted, actors),
+    }
 
 
 # --------------------------------------------------------------------------------------
@@ -461,8 +538,9 @@ def plot_confusion(path, true, predicted, names, title):
     percent = 100.0 * counts / counts.sum(1, keepdims=True).clip(min=1)
     text = [[f"{n}\n{p:.0f} %" for n, p in zip(*row, strict=True)] for row in zip(counts, percent, strict=True)]
     figure, axes = plt.subplots(figsize=(5.5, 4.8), layout="constrained")
-    seaborn.heatmap(percent, annot=text, fmt="", cmap="cividis", vmin=0, vmax=100, square=True, ax=axes, annot_kws={"size": 9},
-                    xticklabels=names, yticklabels=names, cbar_kws={"label": "% of the true class"})  # fmt: skip
+    looks = {"cmap": "cividis", "vmin": 0, "vmax": 100, "square": True, "annot_kws": {"size": 9}, "fmt": ""}
+    looks |= {"xticklabels": names, "yticklabels": names, "cbar_kws": {"label": "% of the true class"}}
+    seaborn.heatmap(percent, annot=text, ax=axes, **looks)
     axes.set(xlabel="Predicted emotion", ylabel="True emotion", title=title)
     axes.tick_params(axis="x", rotation=45)
     axes.tick_params(axis="y", rotation=0)
@@ -473,74 +551,123 @@ def plot_confusion(path, true, predicted, names, title):
 
 def plot_history(path, history, best_epoch):
     """Loss, accuracy and learning rate over the epochs, the best one marked."""
+    table, blue, orange = pd.DataFrame(history).set_index("epoch"), "#0072B2", "#D55E00"
+    panels = {
+        "Cross-entropy (nats)": {"train_loss": (1, "training", blue, "-"), "val_loss": (1, "validation", orange, "-")},
+        "Accuracy, UAR (%)": {
+            "train_accuracy": (100, "training accuracy", blue, "-"),
+            "val_accuracy": (100, "validation accuracy", orange, "-"),
+            "val_uar": (100, "validation UAR", "#000000", ":"),
+        },
+        "Learning rate": {"learning_rate": (1, "learning rate", blue, "-")},
+    }
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
-    epochs = [row["epoch"] for row in history]
-    panels = (("Cross-entropy (nats)", ("train_loss", "val_loss")), ("Accuracy, UAR (%)", ("train_accuracy", "val_accuracy", "val_uar")), ("Learning rate", ("learning_rate",)))
-    labels = {"train_loss": "training", "val_loss": "validation", "train_accuracy": "training accuracy", "val_accuracy": "validation accuracy", "val_uar": "validation UAR", "learning_rate": "learning rate"}
-    styles = {"train": ("#0072B2", "-"), "val": ("#D55E00", "-"), "val_uar": ("#D55E00", ":"), "learning": ("#0072B2", "-")}
-    for ax, (title, columns) in zip(axes, panels, strict=True):
-        for column in columns:
-            colour, line = styles.get(column) or styles[column.split("_")[0]]
-            scale = 100 if "%" in title else 1
-            ax.plot(epochs, [scale * row[column] for row in history], color=colour, linestyle=line, marker=".", label=labels[column])
+    for ax, (title, lines) in zip(axes, panels.items(), strict=True):
+        for column, (scale, label, colour, style) in lines.items():
+            ax.plot(scale * table[column], color=colour, linestyle=style, marker=".", label=label)
         ax.axvline(best_epoch, color="#555555", linestyle="--", linewidth=1, label=f"best epoch, {best_epoch}")
         ax.set(xlabel="Epoch", ylabel=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(fontsize=8)
-    axes[2].set_yscale("log")
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=200)
     plt.close(figure)
 
 
 class Run:
-    """A training in progress: model, optimiser, schedule, history; saved and resumed as one."""
+    """A training in progress: data, model, optimiser, schedule, history; saved and resumed as one."""
 
-    def __init__(self, model_config, device, amp):
+    def __init__(self, clips, mel_config, device, amp):
+        self.clips, self.mel_config, self.device, self.amp = clips, mel_config, device, amp
+        self.output_dir = Path(OUTPUT_DIR)
+        self.sides = {side: torch.from_numpy(np.flatnonzero(clips.split == side)) for side in ("train", "val", "test")}
+        self.data = Spectrograms(clips, mel_config["n_mels"])
+        self.normalization = self.data.normalize(self.sides["train"])
+        self.data.to_gpu_if_it_fits(device)
+        self.settings = configuration(clips)
+        self.model_config = {
+            "n_mels": mel_config["n_mels"], "n_classes": len(EMOTIONS), "channels": CHANNELS, "strides": STRIDES,
+            "hidden": HIDDEN, "heads": HEADS, "dropout": DROPOUT,
+        }  # fmt: skip
         torch.manual_seed(SEED)
-        self.device, self.amp, self.model_config = device, amp, model_config
-        self.model = EmotionClassifier(**model_config).to(device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, "max", factor=LR_FACTOR, patience=LR_PATIENCE)
+        self.model = EmotionClassifier(**self.model_config).to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, "max", factor=LR_FACTOR, patience=LR_PATIENCE
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        self.parts = {
+            "model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler
+        }  # fmt: skip
         self.history, self.best_epoch, self.best_accuracy = [], 0, -1.0
-        self.parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
 
-    def save(self, path, settings):
+    def logits(self, side, model):
+        """A model's logits for one side of the split, and the labels, on the CPU."""
+        spectrograms = [self.data.clip(i) for i in self.sides[side]]
+        return logits_of(model, spectrograms, BATCH_SIZE, self.device), self.data.label[self.sides[side]]
+
+    def save(self):
         """Writes everything that the next epoch depends on."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"history": self.history, "best_epoch": self.best_epoch, "best_accuracy": self.best_accuracy, "settings": settings}
-        with whole_file(path) as temporary:
+        state |= {name: getattr(self, name) for name in ("history", "best_epoch", "best_accuracy", "settings")}
+        with whole_file(self.output_dir / "last_checkpoint.pth") as temporary:
             torch.save(state, temporary)
+        with whole_file(self.output_dir / "history.csv") as temporary:
+            pd.DataFrame(self.history).to_csv(temporary, index=False)
 
-    def resume(self, path, settings):
+    def save_best(self, temperature):
+        """Writes best_model.pth: plain Python values beside the tensors, so that weights_only=True takes them."""
+        checkpoint = {
+            "format_version": FORMAT_VERSION,
+            "model_state_dict": {name: value.cpu() for name, value in self.model.state_dict().items()},
+            "model_config": self.model_config,
+            "mel_config": self.mel_config,
+            "normalization": self.normalization,
+            "max_width": MAX_WIDTH,
+            "classes": [{"code": code, "name": name} for code, name in EMOTIONS.items()],
+            "temperature": temperature,
+            "epoch": self.best_epoch,
+            "metrics": self.history[-1],
+            "training_config": self.settings,
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
+        }
+        with whole_file(self.output_dir / "best_model.pth") as temporary:
+            torch.save(checkpoint, temporary)
+
+    def resume(self):
         """Takes up the training of last_checkpoint.pth; refuses one of other settings."""
+        path = self.output_dir / "last_checkpoint.pth"
+        if not path.exists():
+            print(f"RESUME = True, but there is no {path} yet: starting with epoch 1.")
+            return
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            other = [f"{k} was {state['settings'].get(k)!r}, now {v!r}" for k, v in settings.items() if k not in FREE_TO_CHANGE and state["settings"].get(k) != v]
-            if other:
-                sys.exit(f"RESUME = True, but {path} was trained with other settings ({'; '.join(other)}): set them back, or name another OUTPUT_DIR.")
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            self.history, self.best_epoch, self.best_accuracy = state["history"], state["best_epoch"], state["best_accuracy"]
+            was, now = state["settings"], self.settings
+            changed = [k for k in now if k not in FREE_TO_CHANGE and was.get(k) != now[k]]
+            if not changed:
+                for name, part in self.parts.items():
+                    part.load_state_dict(state[name])
+                self.history, self.best_epoch = state["history"], state["best_epoch"]
+                self.best_accuracy = state["best_accuracy"]
         except Exception as error:  # bytes from anywhere make the unpickler raise anything
-            sys.exit(f"RESUME = True, but {path} is no checkpoint of this script ({type(error).__name__}: {str(error).splitlines()[0]}): name another OUTPUT_DIR, or set RESUME = False.")
+            sys.exit(
+                f"RESUME = True, but {path} is no checkpoint of this script ({type(error).__name__}): "
+                "name another OUTPUT_DIR, or set RESUME = False."
+            )
+        if changed:
+            words = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in changed)
+            sys.exit(f"RESUME = True, but {path} has other settings ({words}): set them back, or change OUTPUT_DIR.")
         print(f"Going on from {path}, after epoch {len(self.history)}.")
 
 
-def save_best(path, run, normalization, mel_config, settings, logits, label):
-    """best_model.pth: all that the tester needs. Plain Python values beside the tensors: weights_only=True takes them."""
-    checkpoint = {
-        "format_version": FORMAT_VERSION,
-        "model_state_dict": {name: value.cpu() for name, value in run.model.state_dict().items()},
-        "model_config": run.model_config, "mel_config": mel_config, "normalization": normalization,
-        "max_width": MAX_WIDTH, "classes": [{"code": code, "name": name} for code, name in EMOTIONS.items()],
-        "temperature": fit_temperature(logits, label),
-        "epoch": run.best_epoch, "metrics": run.history[-1], "training_config": settings,
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
-    }  # fmt: skip
-    with whole_file(path) as temporary:
-        torch.save(checkpoint, temporary)
+def keep_previous(output_dir):
+    """Renames an earlier training's best model: a new training must not destroy it."""
+    best, previous = output_dir / "best_model.pth", output_dir / "best_model_previous.pth"
+    if best.exists():
+        os.replace(best, previous)
+        print(f"An earlier training's model is kept as {previous}.")
 
 
 def load_checkpoint(path, device):
@@ -557,12 +684,24 @@ def load_checkpoint(path, device):
             f"{path} is damaged, or no checkpoint that can be read safely ({type(error).__name__}): "
             "take the best_model.pth that cremad_custom2.py wrote."
         )
-    needed = ("format_version", "model_state_dict", "model_config", "mel_config", "normalization", "max_width", "classes", "temperature")
+    needed = (
+        "format_version",
+        "model_state_dict",
+        "model_config",
+        "mel_config",
+        "normalization",
+        "max_width",
+        "classes",
+        "temperature",
+    )
     missing = [key for key in needed if key not in checkpoint] if isinstance(checkpoint, dict) else ["a dict"]
     if missing:
         sys.exit(f"{path} is no checkpoint of cremad_custom2.py: it lacks {', '.join(missing)}.")
     if checkpoint["format_version"] != FORMAT_VERSION:
-        sys.exit(f"{path} has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}: use the scripts of one release together.")
+        sys.exit(
+            f"{path} has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}: "
+            "use the scripts of one release together."
+        )
     try:
         model = EmotionClassifier(**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -570,49 +709,97 @@ def load_checkpoint(path, device):
         if not len(mean) == len(std) == checkpoint["mel_config"]["n_mels"] == checkpoint["model_config"]["n_mels"]:
             raise ValueError("mel_config, model_config and normalization differ in their number of mel bands")
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        sys.exit(f"{path} contradicts itself ({' '.join(str(error).split())[:300]}): take a best_model.pth as cremad_custom2.py wrote it.")
+        sys.exit(
+            f"{path} contradicts itself ({' '.join(str(error).split())[:300]}): "
+            "take a best_model.pth as cremad_custom2.py wrote it."
+        )
     if not all(torch.isfinite(value).all() for value in [mean, std, *model.state_dict().values()]):
-        sys.exit(f"{path} holds weights that are NaN or infinite: the training failed; train again with a lower LEARNING_RATE.")
+        sys.exit(
+            f"{path} holds weights that are NaN or infinite: its training failed; "
+            "train again with a lower LEARNING_RATE."
+        )
     return model.to(device).eval(), checkpoint
 
 
-def finish(output_dir, run, data, sides, clips, settings, seconds):
+def finish(run, seconds):
     """Figures, pictures and predictions of best_model.pth, read back as the tester reads it."""
+    model, checkpoint = load_checkpoint(run.output_dir / "best_model.pth", run.device)
+    temperature, metrics = checkpoint["temperature"], {}
+    for side in ("val", "test"):
+        logits, label = run.logits(side, model)
+        actors = run.clips.actor[run.sides[side].numpy()].to_numpy()
+        metrics[side] = measure(logits, label, actors, temperature)
+    metrics |= {
+        "best_epoch": checkpoint["epoch"],
+        "epochs": len(run.history),
+        "split": SPLIT,
+        "seed": SEED,
+        "device": str(run.device),
+        "amp": str(run.amp),
+        "temperature": temperature,
+        "n_parameters": sum(p.numel() for p in model.parameters()),
+        "n_training_spectrograms": len(run.sides["train"]),
+        "seconds": round(seconds, 1),
+    }
+    with whole_file(run.output_dir / "metrics.json") as temporary:
+        Path(temporary).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_test(run, logits, label, temperature)
+    plot_history(run.output_dir / "training_history.png", run.history, checkpoint["epoch"])
+    print_summary(run.output_dir, metrics)
+
+
+def write_test(run, logits, label, temperature):
+    """Predictions, report and confusion matrix of the test clips."""
     from sklearn.metrics import classification_report  # here, because it takes a second to import
 
-    model, checkpoint = load_checkpoint(output_dir / "best_model.pth", run.device)
-    names, temperature = list(EMOTIONS.values()), checkpoint["temperature"]
-    metrics = {}
-    for side in ("val", "test"):
-        logits, label = logits_of(model, [data.clip(i) for i in sides[side]], BATCH_SIZE, run.device), data.label[sides[side]]
-        metrics[side] = measure(logits, label, clips.actor[sides[side].numpy()], temperature)
-    rest = {"best_epoch": checkpoint["epoch"], "epochs": len(run.history), "split": SPLIT, "seed": SEED, "device": str(run.device), "amp": str(run.amp),
-            "temperature": temperature, "n_parameters": sum(p.numel() for p in model.parameters()), "training_clips": len(sides["train"]), "seconds": round(seconds, 1)}  # fmt: skip
-    with whole_file(output_dir / "metrics.json") as temporary:
-        Path(temporary).write_text(json.dumps(metrics | rest, indent=2) + "\n", encoding="utf-8")
-    predicted, rows = logits.argmax(1), clips.loc[sides["test"].numpy(), ["stem", "actor"]]
+    names, predicted = list(EMOTIONS.values()), logits.argmax(1)
+    rows = run.clips.loc[run.sides["test"].numpy(), ["stem", "actor"]]
     rows = rows.assign(true_class=[names[i] for i in label], predicted_class=[names[i] for i in predicted])
     rows[names] = (logits / temperature).softmax(1).numpy()
-    with whole_file(output_dir / "test_predictions.csv") as temporary:
+    with whole_file(run.output_dir / "test_predictions.csv") as temporary:
         rows.to_csv(temporary, index=False)
-    report = classification_report(label, predicted, labels=range(len(names)), target_names=names, zero_division=0, digits=3)
-    with whole_file(output_dir / "classification_report.txt") as temporary:
+    classes = {"labels": range(len(names)), "target_names": names}
+    with whole_file(run.output_dir / "classification_report.txt") as temporary:
+        report = classification_report(label, predicted, **classes, zero_division=0, digits=3)
         Path(temporary).write_text(report, encoding="utf-8")
-    plot_confusion(output_dir / "confusion_matrix.png", label, predicted, names, f"Test: {metrics['test']['n_clips']:,} clips, {metrics['test']['n_actors']} actors")
-    plot_history(output_dir / "training_history.png", run.history, checkpoint["epoch"])
-    print_summary(output_dir, metrics, rest)
+    title = f"Test: {len(rows):,} clips, {rows.actor.nunique()} actors"
+    plot_confusion(run.output_dir / "confusion_matrix.png", label, predicted, names, title)
 
 
-def print_summary(output_dir, metrics, rest):
+def print_setup(run):
+    """Constants, split and device, before the first epoch."""
+    print(textwrap.fill("  ".join(f"{name} = {value!r}" for name, value in run.settings.items()), 118))
+    rows = []
+    for side, index in run.sides.items():
+        counts = run.data.label[index].bincount(minlength=len(EMOTIONS)).tolist()
+        rows.append([side, len(index), run.clips.actor[index.numpy()].nunique(), *counts])
+    print(tabulate(rows, headers=["", "spectrograms", "actors", *EMOTIONS]))
+    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    number_type = str(run.amp or torch.float32).removeprefix("torch.")
+    print(f"{run.device}, {number_type}, {millions:.1f} M parameters.")
+    print("Columns of two: training, validation. * best so far.", flush=True)
+
+
+def print_summary(output_dir, metrics):
     """The closing lines: figures of best_model.pth, and where everything is."""
-    print(f"\nBest epoch {rest['best_epoch']} of {rest['epochs']}, {rest['seconds'] / 60:.1f} minutes. best_model.pth on clips it did not train on:")
-    rows = [[side, *(f"{100 * m[key]:.1f} %" for key in ("accuracy", "uar", "macro_f1", "ece")), f"{m['n_clips']:,}", m["n_actors"]] for side, m in metrics.items()]
+    minutes = metrics["seconds"] / 60
+    print(f"\nBest epoch {metrics['best_epoch']} of {metrics['epochs']}, {minutes:.1f} minutes. Clips not trained on:")
+    rows = []
+    for side in ("val", "test"):
+        m = metrics[side]
+        percent = [f"{100 * m[key]:.1f} %" for key in ("accuracy", "uar", "macro_f1", "ece")]
+        rows.append([side, *percent, m["n_clips"], m["n_actors"]])
     print(tabulate(rows, headers=["", "accuracy", "UAR", "macro-F1", "ECE", "clips", "actors"]))
     if metrics["test"]["uar_ci95"]:
-        print("Test UAR, 95 % interval over actors: {:.1f} to {:.1f} %".format(*(100 * v for v in metrics["test"]["uar_ci95"])))
+        low, high = metrics["test"]["uar_ci95"]
+        print(f"Test UAR, 95 % interval over actors: {100 * low:.1f} to {100 * high:.1f} %")
     if SPLIT == "clip":
-        print('SPLIT = "clip" has the same voices in training and test: these figures are optimistic for new voices.')
-    print(f"Files: {output_dir}\nNext:  python custom2_tester.py --input_dir WAVS --model_path {output_dir / 'best_model.pth'} --output_dir results")
+        print('SPLIT = "clip" has the same voices in training and test: optimistic for new voices.')
+    print(f"Files: {output_dir}")
+    print(
+        f"Next:  python custom2_tester.py --input_dir WAVS --model_path {output_dir}/best_model.pth "
+        "--output_dir results"
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -621,73 +808,33 @@ def print_summary(output_dir, metrics, rest):
 
 def parse_args():
     """No arguments but --help; another one ends the program with exit status 2."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="python cremad_custom2.py").parse_args()
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser("python cremad_custom2.py", description=__doc__, formatter_class=formatter).parse_args()
 
 
 def configuration(clips):
     """The constants, and the split's fingerprint: what a resumed run must share with the first."""
-    constants = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, (str, int, float, tuple)) and name not in ("VARIANT_NAMES", "MEL_SETTINGS")}
-    split = clips[["stem", "variant", "split"]].to_csv(index=False)
-    return constants | {"split_sha256": hashlib.sha256(split.encode("utf-8", "surrogateescape")).hexdigest()}
-
-
-def train(run, data, sides, output_dir, normalization, mel_config, settings):
-    """Epochs until EPOCHS or PATIENCE ends them; after each, everything needed to go on is on disk."""
-    spectrograms, label = [data.clip(i) for i in sides["val"]], data.label[sides["val"]]
-    while len(run.history) < EPOCHS and len(run.history) - run.best_epoch < PATIENCE:
-        epoch, started = len(run.history) + 1, time.perf_counter()
-        train_loss, train_accuracy = train_epoch(run, data, sides["train"], epoch)
-        seconds = time.perf_counter() - started
-        logits = logits_of(run.model, spectrograms, BATCH_SIZE, run.device)
-        val_loss, val_accuracy = float(F.cross_entropy(logits, label)), float((logits.argmax(1) == label).float().mean())
-        run.history.append({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy,
-                            "val_uar": float(np.mean(recalls(label, logits.argmax(1)))), "learning_rate": run.optimizer.param_groups[0]["lr"],
-                            "seconds": round(time.perf_counter() - started, 2), "train_clips_per_s": round(len(sides["train"]) // BATCH_SIZE * BATCH_SIZE / seconds, 1)})  # fmt: skip
-        if epoch > WARMUP_EPOCHS:
-            run.scheduler.step(val_accuracy)
-        if val_accuracy > run.best_accuracy:
-            run.best_accuracy, run.best_epoch = val_accuracy, epoch
-            save_best(output_dir / "best_model.pth", run, normalization, mel_config, settings, logits, label)
-        run.save(output_dir / "last_checkpoint.pth", settings)
-        with whole_file(output_dir / "history.csv") as temporary:
-            pd.DataFrame(run.history).to_csv(temporary, index=False)
-        row, left = run.history[-1], (EPOCHS - epoch) * run.history[-1]["seconds"] / 60
-        print(f"epoch {epoch:3d}/{EPOCHS}  loss {train_loss:.3f} {val_loss:.3f}  accuracy {100 * train_accuracy:4.1f} {100 * val_accuracy:4.1f} %  UAR {100 * row['val_uar']:4.1f} %  "
-              f"lr {row['learning_rate']:.1e}  {row['seconds']:.0f} s  at most {left:.0f} min left{'  *' if run.best_epoch == epoch else ''}", flush=True)  # fmt: skip
+    names = [name for name in globals() if name.isupper() and name not in ("F", "EMOTIONS", "FREE_TO_CHANGE")]
+    split = clips[["stem", "variant", "split"]].to_csv(index=False).encode("utf-8", "surrogateescape")
+    return {name: globals()[name] for name in names} | {"SPLIT_SHA256": hashlib.sha256(split).hexdigest()}
 
 
 def main():
     """Reads, splits, trains, reports."""
     parse_args()
     check_constants()
-    started, (device, amp) = time.perf_counter(), pick_device()
-    mel_dir, output_dir = Path(MEL_DIR), Path(OUTPUT_DIR)
-    mel_config = read_mel_config(mel_dir)
-    clips = assign_split(list_clips(mel_dir))
+    started, (device, amp), output_dir = time.perf_counter(), pick_device(), Path(OUTPUT_DIR)
+    torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
+    mel_config = read_mel_config(Path(MEL_DIR))
+    clips = assign_split(list_clips(Path(MEL_DIR)))
     output_dir.mkdir(parents=True, exist_ok=True)
+    run = Run(clips, mel_config, device, amp)
+    print_setup(run)
+    run.resume() if RESUME else keep_previous(output_dir)
     with whole_file(output_dir / "split.csv") as temporary:
         clips.drop_duplicates("stem")[["stem", "actor", "emotion", "split"]].to_csv(temporary, index=False)
-    data = Spectrograms(clips, mel_config["n_mels"])
-    sides = {side: torch.from_numpy(np.flatnonzero(clips.split == side)) for side in ("train", "val", "test")}
-    normalization = data.normalize(sides["train"])
-    if device.type == "cuda" and data.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        data.frames = data.frames.to(device)
-    model_config = {"n_mels": mel_config["n_mels"], "n_classes": len(EMOTIONS), "channels": CHANNELS, "strides": STRIDES, "hidden": HIDDEN, "heads": HEADS, "dropout": DROPOUT}
-    settings, run = configuration(clips), Run(model_config, device, amp)
-    print("  ".join(f"{name} = {value!r}" for name, value in settings.items()))
-    print(tabulate([[side, len(i), clips.actor[i.numpy()].nunique(), *(data.label[i].bincount(minlength=len(EMOTIONS)).tolist())] for side, i in sides.items()],
-                   headers=["", "spectrograms", "actors", *EMOTIONS]))  # fmt: skip
-    print(f"{device}, {str(amp or torch.float32).removeprefix('torch.')}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M parameters. Columns of two: training, validation. * best so far.", flush=True)
-    last = output_dir / "last_checkpoint.pth"
-    if RESUME and last.exists():
-        run.resume(last, settings)
-    elif RESUME:
-        print(f"RESUME = True, but there is no {last} yet: starting with epoch 1.")
-    elif (output_dir / "best_model.pth").exists():
-        os.replace(output_dir / "best_model.pth", output_dir / "best_model_previous.pth")
-        print(f"An earlier training's model is kept as {output_dir / 'best_model_previous.pth'}.")
-    train(run, data, sides, output_dir, normalization, mel_config, settings)
-    finish(output_dir, run, data, sides, clips, settings, time.perf_counter() - started)
+    train(run)
+    finish(run, time.perf_counter() - started)
     return 0
 
 
@@ -695,7 +842,12 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print(f"\nStopped. The epochs that ended are in {OUTPUT_DIR}: set RESUME = True and run again to go on.", file=sys.stderr)
+        print(
+            f"\nStopped. The epochs that ended are in {OUTPUT_DIR}: set RESUME = True and run again.", file=sys.stderr
+        )
         sys.exit(130)
     except OSError as error:
-        sys.exit(f"{error.filename or OUTPUT_DIR}: {error.strerror or error}. The epochs that ended are in {OUTPUT_DIR}: mend this, set RESUME = True and run again.")
+        sys.exit(
+            f"{error.filename or OUTPUT_DIR}: {error.strerror or error}. The epochs that ended are in {OUTPUT_DIR}: "
+            "mend this, set RESUME = True and run again."
+        )

@@ -1,7 +1,7 @@
 """Classifies sound files by emotion with the model of cremad_custom2.py.
 
     python custom2_tester.py --input_dir my_wavs --model_path output/best_model.pth --output_dir results
-    python custom2_tester.py --input_dir one.wav --model_path output/best_model.pth --output_dir results --cpu --visualize
+    python custom2_tester.py --input_dir one.wav --model_path output/best_model.pth --output_dir one --cpu --visualize
 
 --input_dir is a folder of .wav and .flac files, searched through, or one such file. Everything that
 features need (mel settings, normalisation, classes, sizes) comes from the checkpoint. Writes, in --output_dir:
@@ -137,12 +137,24 @@ def load_checkpoint(path, device):
             f"{path} is damaged, or no checkpoint that can be read safely ({type(error).__name__}): "
             "take the best_model.pth that cremad_custom2.py wrote."
         )
-    needed = ("format_version", "model_state_dict", "model_config", "mel_config", "normalization", "max_width", "classes", "temperature")
+    needed = (
+        "format_version",
+        "model_state_dict",
+        "model_config",
+        "mel_config",
+        "normalization",
+        "max_width",
+        "classes",
+        "temperature",
+    )
     missing = [key for key in needed if key not in checkpoint] if isinstance(checkpoint, dict) else ["a dict"]
     if missing:
         sys.exit(f"{path} is no checkpoint of cremad_custom2.py: it lacks {', '.join(missing)}.")
     if checkpoint["format_version"] != FORMAT_VERSION:
-        sys.exit(f"{path} has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}: use the scripts of one release together.")
+        sys.exit(
+            f"{path} has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}: "
+            "use the scripts of one release together."
+        )
     try:
         model = EmotionClassifier(**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -150,9 +162,15 @@ def load_checkpoint(path, device):
         if not len(mean) == len(std) == checkpoint["mel_config"]["n_mels"] == checkpoint["model_config"]["n_mels"]:
             raise ValueError("mel_config, model_config and normalization differ in their number of mel bands")
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        sys.exit(f"{path} contradicts itself ({' '.join(str(error).split())[:300]}): take a best_model.pth as cremad_custom2.py wrote it.")
+        sys.exit(
+            f"{path} contradicts itself ({' '.join(str(error).split())[:300]}): "
+            "take a best_model.pth as cremad_custom2.py wrote it."
+        )
     if not all(torch.isfinite(value).all() for value in [mean, std, *model.state_dict().values()]):
-        sys.exit(f"{path} holds weights that are NaN or infinite: the training failed; train again with a lower LEARNING_RATE.")
+        sys.exit(
+            f"{path} holds weights that are NaN or infinite: its training failed; "
+            "train again with a lower LEARNING_RATE."
+        )
     return model.to(device).eval(), checkpoint
 
 
@@ -199,7 +217,9 @@ def read_partial(path, columns):
     if rows and not text.endswith("\n"):
         rows.pop()
     if rows and rows[0] != columns:
-        sys.exit(f"--resume: {path} has other columns than this model's results: delete it, or name another --output_dir.")
+        sys.exit(
+            f"--resume: {path} has other columns than this model's results: delete it, or name another --output_dir."
+        )
     return [row for row in rows[1:] if len(row) == len(columns)]
 
 
@@ -258,7 +278,7 @@ class EmotionClassifier(nn.Module):
             nn.Linear(hidden // 2, n_classes))  # fmt: skip
 
     def forward(self, x, lengths):
-        """Normalised log-mel (B, T, M), zero past each clip's frames, and lengths (B,) on the CPU, to logits (B, classes)."""
+        """Normalised log-mel (B, T, M), zero past each clip's frames, and CPU lengths (B,), to logits (B, classes)."""
         x, steps = x.unsqueeze(1), lengths.to(x.device)  # (B, 1, T, M)
         x = x.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
@@ -275,7 +295,7 @@ class EmotionClassifier(nn.Module):
 
 
 def logits_of(model, spectrograms, batch_size, device):
-    """Float32 logits (clips, classes) of normalised spectrograms, each (frames, mel bands), in batches of like length."""
+    """Float32 logits (clips, classes), on the CPU, of normalised spectrograms, each (frames, mel bands)."""
     order = sorted(range(len(spectrograms)), key=lambda i: len(spectrograms[i]))
     rows = []
     model.eval()
@@ -325,14 +345,21 @@ def plot_confusion(path, true, predicted, names, title):
     percent = 100.0 * counts / counts.sum(1, keepdims=True).clip(min=1)
     text = [[f"{n}\n{p:.0f} %" for n, p in zip(*row, strict=True)] for row in zip(counts, percent, strict=True)]
     figure, axes = plt.subplots(figsize=(5.5, 4.8), layout="constrained")
-    seaborn.heatmap(percent, annot=text, fmt="", cmap="cividis", vmin=0, vmax=100, square=True, ax=axes, annot_kws={"size": 9},
-                    xticklabels=names, yticklabels=names, cbar_kws={"label": "% of the true class"})  # fmt: skip
+    looks = {"cmap": "cividis", "vmin": 0, "vmax": 100, "square": True, "annot_kws": {"size": 9}, "fmt": ""}
+    looks |= {"xticklabels": names, "yticklabels": names, "cbar_kws": {"label": "% of the true class"}}
+    seaborn.heatmap(percent, annot=text, ax=axes, **looks)
     axes.set(xlabel="Predicted emotion", ylabel="True emotion", title=title)
     axes.tick_params(axis="x", rotation=45)
     axes.tick_params(axis="y", rotation=0)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=200)
     plt.close(figure)
+
+
+def write_rows(path, mode, rows):
+    """Writes ("w") or appends ("a") rows to a CSV; file names that are no UTF-8 keep their bytes."""
+    with open(path, mode, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def cell(path):
@@ -342,11 +369,21 @@ def cell(path):
 
 def result_row(path, probabilities, seconds, error, classes):
     """A row of classification_results.csv."""
+    true_class = true_class_of(path, classes)
     if error:
-        return [cell(path), "", "", "", *[""] * len(classes), "", true_class_of(path, classes), error]
+        return [cell(path), "", "", "", *[""] * len(classes), "", true_class, error]
     top = int(probabilities.argmax())
-    return [cell(path), classes[top]["name"], classes[top]["code"], f"{probabilities[top]:.6f}", *(f"{p:.6f}" for p in probabilities),
-            f"{seconds:.3f}", true_class_of(path, classes), ""]  # fmt: skip
+    shares = [f"{p:.6f}" for p in probabilities]
+    return [
+        cell(path),
+        classes[top]["name"],
+        classes[top]["code"],
+        shares[top],
+        *shares,
+        f"{seconds:.3f}",
+        true_class,
+        "",
+    ]
 
 
 @functools.cache
@@ -362,7 +399,7 @@ def clip_figure(names):
     return figure, left, right, image, bars
 
 
-def draw_clip(path, temporary, title, mel, probabilities, names, mel_config):
+def draw_clip(path, title, mel, probabilities, names, mel_config):
     """Spectrogram with axes in s and Hz, and bars of confidence, as a PNG."""
     figure, left, right, image, bars = clip_figure(names)
     seconds = mel.shape[1] * mel_config["hop_length"] / mel_config["sample_rate"]
@@ -375,6 +412,7 @@ def draw_clip(path, temporary, title, mel, probabilities, names, mel_config):
     for bar, p in zip(bars, probabilities, strict=True):
         bar.set(width=100 * p, color="#D55E00" if p == max(probabilities) else "#0072B2")
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}.tmp")  # path.tmp could be too long a name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names may hold letters that the font lacks
         figure.savefig(temporary, format="png", dpi=130)
@@ -389,10 +427,27 @@ def plot_confidence(path, results, names):
     figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     counts = results.predicted_class.value_counts()
     shown = results.sample(min(len(results), 3000), random_state=0)
-    seaborn.stripplot(shown, x="predicted_class", y="percent", order=names, color="#0072B2", size=2, alpha=0.5, jitter=0.3, ax=axes)
-    seaborn.boxplot(results, x="predicted_class", y="percent", order=names, color="#D55E00", fill=False, showfliers=False, width=0.7, ax=axes)
+    seaborn.stripplot(
+        shown, x="predicted_class", y="percent", order=names, color="#0072B2", size=2, alpha=0.5, jitter=0.3, ax=axes
+    )
+    seaborn.boxplot(
+        results,
+        x="predicted_class",
+        y="percent",
+        order=names,
+        color="#D55E00",
+        fill=False,
+        showfliers=False,
+        width=0.7,
+        ax=axes,
+    )
     axes.axhline(100 / len(names), color="#555555", linestyle="--", linewidth=1)
-    axes.set(xlabel="Predicted emotion (number of files)", ylabel="Confidence (%)", ylim=(0, 101), title="Confidence by predicted emotion (dashed: chance)")
+    axes.set(
+        xlabel="Predicted emotion (number of files)",
+        ylabel="Confidence (%)",
+        ylim=(0, 101),
+        title="Confidence by predicted emotion (dashed: chance)",
+    )
     axes.set_xticks(range(len(names)), [f"{name}\n({counts.get(name, 0)})" for name in names])
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=200)
@@ -402,12 +457,30 @@ def plot_confidence(path, results, names):
 def write_summary(output_dir, results, names):
     """summary.csv, the pictures and, where true classes are known, the report; all on the screen too."""
     good = results[results.error == ""].assign(percent=lambda r: 100 * r.confidence.astype(float))
-    rows = [[name, int(n := (good.predicted_class == name).sum()), round(100 * n / len(good), 2), round(float(good.confidence[good.predicted_class == name].astype(float).mean()), 4) if n else ""] for name in names]
+    rows = [
+        [
+            name,
+            int(n := (good.predicted_class == name).sum()),
+            round(100 * n / len(good), 2),
+            round(float(good.confidence[good.predicted_class == name].astype(float).mean()), 4) if n else "",
+        ]
+        for name in names
+    ]
     headers = ["class", "count", "percentage", "mean_confidence"]
     with whole_file(output_dir / "summary.csv") as temporary:
         pd.DataFrame(rows, columns=headers).to_csv(temporary, index=False)
     if len(results) <= SHOWN_FILES:
-        print(tabulate([[r.file, r.predicted_class, f"{100 * float(r.confidence):.1f} %" if r.confidence else "", r.error] for r in results.itertuples()], headers=["file", "emotion", "confidence", "error"], disable_numparse=True), end="\n\n")
+        print(
+            tabulate(
+                [
+                    [r.file, r.predicted_class, f"{100 * float(r.confidence):.1f} %" if r.confidence else "", r.error]
+                    for r in results.itertuples()
+                ],
+                headers=["file", "emotion", "confidence", "error"],
+                disable_numparse=True,
+            ),
+            end="\n\n",
+        )
     print(tabulate(rows, headers=headers))
     plot_confidence(output_dir / "confidence_distribution.png", good, names)
     labelled = good[good.true_class != ""]
@@ -429,7 +502,13 @@ def write_report(output_dir, labelled, names):
     report = classification_report(true, predicted, labels=names, zero_division=0, digits=3)
     with whole_file(output_dir / "classification_report.txt") as temporary:
         Path(temporary).write_text(f"{figures}\n\n{report}", encoding="utf-8")
-    plot_confusion(output_dir / "confusion_matrix.png", [names.index(t) for t in true], [names.index(p) for p in predicted], names, f"{len(labelled):,} files with a known emotion")
+    plot_confusion(
+        output_dir / "confusion_matrix.png",
+        [names.index(t) for t in true],
+        [names.index(p) for p in predicted],
+        names,
+        f"{len(labelled):,} files with a known emotion",
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -439,15 +518,26 @@ def write_report(output_dir, labelled, names):
 def parse_args():
     """The command line, checked; a wrong one ends the program with exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through, or one file")
+    parser.add_argument(
+        "--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through, or one file"
+    )
     parser.add_argument("--model_path", type=Path, required=True, help="best_model.pth of cremad_custom2.py")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--max_width", type=int, help="frames; longer clips are cut (default: the checkpoint's, usually 191)")
+    parser.add_argument(
+        "--max_width", type=int, help="frames; longer clips are cut (default: the checkpoint's, usually 191)"
+    )
     parser.add_argument("--cpu", action="store_true", help="do not use the GPU")
     parser.add_argument("--visualize", action="store_true", help="a picture for each file")
     parser.add_argument("--batch_size", type=int, default=64, help="files classified together (default 64)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read, processes that draw (default: all cores)")
-    parser.add_argument("--resume", action="store_true", help="go on from an interrupted run's classification_results.csv.partial")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="threads that read, processes that draw (default: all cores)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from an interrupted run's classification_results.csv.partial"
+    )
     parser.add_argument("--strict", action="store_true", help="exit status 1 if any file failed")
     args = parser.parse_args()
     for name in ("max_width", "batch_size", "workers"):
@@ -458,42 +548,49 @@ def parse_args():
 
 def picture_paths(paths, output_dir):
     """Where each file's picture goes: its stem .png; a.wav beside a.flac: a.wav.png, a.flac.png."""
-    stems = Counter(os.path.splitext(path)[0] for path in paths)
-    return {path: output_dir / "mel_spectrograms" / f"{stem if stems[stem := os.path.splitext(path)[0]] == 1 else path}.png" for path in paths}
+    stems = {path: os.path.splitext(path)[0] for path in paths}
+    counts = Counter(stems.values())
+    folder = output_dir / "mel_spectrograms"
+    return {path: folder / f"{stem if counts[stem] == 1 else path}.png" for path, stem in stems.items()}
 
 
 def classify_all(args, paths, model, checkpoint, device, artists):
-    """Classifies the paths; each batch's rows go to the partial file as it is done. Returns how many clips were cut."""
-    classes, mel_config = checkpoint["classes"], checkpoint["mel_config"]
-    columns = ["file", "predicted_class", "predicted_code", "confidence", *(c["name"] for c in classes), "duration_s", "true_class", "error"]
+    """Classifies the paths; rows go to the partial file as they are done. Returns how many clips were cut."""
+    classes, cut = checkpoint["classes"], 0
+    columns = ["file", "predicted_class", "predicted_code", "confidence", *(c["name"] for c in classes)]
+    columns += ["duration_s", "true_class", "error"]
     partial = args.output_dir / "classification_results.csv.partial"
     kept = read_partial(partial, columns) if args.resume else []
     done = {row[0] for row in kept}
     left = [path for path in paths if cell(path) not in done]
-    max_width, cut, drawings = args.max_width or checkpoint["max_width"], 0, []
-    pictures = picture_paths(paths, args.output_dir)
     folder = args.input_dir if args.input_dir.is_dir() else args.input_dir.parent
-    read = functools.partial(read_clip, folder=folder, mel_config=mel_config)
-    with whole_file(partial) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file, lineterminator="\n").writerows([columns, *kept])
-    with open(partial, "a", newline="", encoding="utf-8", errors="surrogateescape") as file, tqdm(total=len(left), desc="Classifying", unit="file") as bar:
+    read = functools.partial(read_clip, folder=folder, mel_config=checkpoint["mel_config"])
+    pictures = picture_paths(paths, args.output_dir)
+    write_rows(partial, "w", [columns, *kept])
+    with tqdm(total=len(left), desc="Classifying", unit="file") as bar:
         for some, clips in read_ahead(left, read, args.workers, BATCHES_AT_ONCE * args.batch_size):
-            probabilities = classify([mel for mel, _, _ in clips], model, checkpoint, max_width, args.batch_size, device)
-            csv.writer(file, lineterminator="\n").writerows(result_row(path, p, seconds, error, classes) for path, p, (_, seconds, error) in zip(some, probabilities, clips, strict=True))
-            file.flush()
-            cut += sum(mel is not None and mel.shape[1] > max_width for mel, _, _ in clips)
+            mels = [mel for mel, _, _ in clips]
+            probabilities = classify(mels, model, checkpoint, args.max_width, args.batch_size, device)
+            answers = zip(some, probabilities, clips, strict=True)
+            write_rows(
+                partial, "a", [result_row(path, p, seconds, error, classes) for path, p, (_, seconds, error) in answers]
+            )
+            cut += sum(mel is not None and mel.shape[1] > args.max_width for mel in mels)
             if artists:
-                draw_some(artists, some, clips, probabilities, pictures, checkpoint, args.output_dir)
+                draw_all(artists, [pictures[path] for path in some], some, mels, probabilities, checkpoint)
             bar.update(len(some))
     os.replace(partial, args.output_dir / "classification_results.csv")
-    return cut, max_width
+    return cut
 
 
-def draw_some(artists, paths, clips, probabilities, pictures, checkpoint, output_dir):
-    """Draws one picture a classified clip, in the drawing processes."""
-    names, mel_config = tuple(c["name"] for c in checkpoint["classes"]), checkpoint["mel_config"]
-    jobs = [artists.submit(draw_clip, str(pictures[path]), str(output_dir / f".drawing-{os.getpid()}-{i}.tmp"), path, mel, p.tolist(), names, mel_config)
-            for i, (path, (mel, _, error), p) in enumerate(zip(paths, clips, probabilities, strict=True)) if not error]  # fmt: skip
+def draw_all(artists, pictures, titles, mels, probabilities, checkpoint):
+    """Draws a picture of each classified clip, in the drawing processes."""
+    names = tuple(c["name"] for c in checkpoint["classes"])
+    jobs = [
+        artists.submit(draw_clip, str(picture), title, mel, p.tolist(), names, checkpoint["mel_config"])
+        for picture, title, mel, p in zip(pictures, titles, mels, probabilities, strict=True)
+        if mel is not None
+    ]
     for job in jobs:
         job.result()
 
@@ -509,24 +606,42 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
     model, checkpoint = load_checkpoint(args.model_path, device)
+    args.max_width = args.max_width or checkpoint["max_width"]
     paths = find_files(args.input_dir)
     if not paths:
-        sys.exit(f"--input_dir {args.input_dir} " + ("holds no .wav or .flac file, nor does any folder below it." if args.input_dir.is_dir() else "is neither a folder nor a .wav or .flac file."))
+        sys.exit(
+            f"--input_dir {args.input_dir} "
+            + (
+                "holds no .wav or .flac file, nor does any folder below it."
+                if args.input_dir.is_dir()
+                else "is neither a folder nor a .wav or .flac file."
+            )
+        )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {len(paths):,} files.")
     try:
-        cut, max_width = classify_all(args, paths, model, checkpoint, device, artists)
+        cut = classify_all(args, paths, model, checkpoint, device, artists)
     except BrokenProcessPool:
-        sys.exit("A drawing process was killed, most often for want of memory: run again with --resume and fewer --workers.")
+        sys.exit(
+            "A drawing process was killed, most often for want of memory: run again with --resume and fewer --workers."
+        )
     finally:
         if artists:
             artists.shutdown(cancel_futures=True)
-    results = pd.read_csv(args.output_dir / "classification_results.csv", dtype=str, keep_default_na=False, encoding_errors="surrogateescape")
+    results = pd.read_csv(
+        args.output_dir / "classification_results.csv",
+        dtype=str,
+        keep_default_na=False,
+        encoding_errors="surrogateescape",
+    )
     failed = int((results.error != "").sum())
     if failed < len(results):
         write_summary(args.output_dir, results, [c["name"] for c in checkpoint["classes"]])
     if cut:
-        print(f"{cut} clips are longer than --max_width, {max_width} frames ({max_width * checkpoint['mel_config']['hop_length'] / checkpoint['mel_config']['sample_rate']:.1f} s): the rest of them was not heard.")
+        seconds = args.max_width * checkpoint["mel_config"]["hop_length"] / checkpoint["mel_config"]["sample_rate"]
+        print(
+            f"{cut} clips are longer than --max_width, {args.max_width} frames ({seconds:.1f} s): the rest is unheard."
+        )
     if failed:
         print(f"{failed} of {len(results)} files could not be classified: the column `error` says why.")
     print(f"{time.perf_counter() - started:.1f} s. Results: {args.output_dir / 'classification_results.csv'}")
@@ -539,7 +654,13 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("\nStopped. The rows that were written stay: the same command with --resume goes on from there.", file=sys.stderr)
+        print(
+            "\nStopped. The rows that were written stay: the same command with --resume goes on from there.",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except OSError as error:
-        sys.exit(f"{error.filename or 'A file'}: {error.strerror or error}. What was written before stays: mend this and run again with --resume.")
+        sys.exit(
+            f"{error.filename or 'A file'}: {error.strerror or error}. What was written before stays: "
+            "mend this and run again with --resume."
+        )

@@ -233,12 +233,17 @@ def process_all(tasks, workers):
     bar = functools.partial(tqdm, total=len(tasks), unit="clip", desc="Spectrograms", disable=not tasks)
     if workers == 1 or len(tasks) < 2:
         return {path: reason for path, reason in bar(map(process_clip, tasks)) if reason}
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(
+        min(workers, len(tasks)), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
     try:
         results = pool.map(process_clip, tasks, chunksize=min(16, -(-len(tasks) // workers)))
         return {path: reason for path, reason in bar(results) if reason}
     except BrokenProcessPool:
-        sys.exit("A worker process was killed, most often for want of memory: run again with fewer --workers. What was written stays, and is not done again.")
+        sys.exit(
+            "A worker process was killed, most often for want of memory: run again with fewer --workers. "
+            "What was written stays, and is not done again."
+        )
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -265,14 +270,22 @@ def settle_config(output_dir, config, overwrite):
     elif path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            other = [f"{k} is {found.get(k)}, now {v}" for k, v in config.items() if k != "versions" and found.get(k) != v]
+            other = [
+                f"{k} is {found.get(k)}, now {v}" for k, v in config.items() if k != "versions" and found.get(k) != v
+            ]
         except (ValueError, AttributeError):
             sys.exit(f"{path} cannot be read as JSON settings: --overwrite starts the folder anew.")
         if other:
-            sys.exit(f"{output_dir} holds spectrograms of other settings ({'; '.join(other)}): name another --output_dir, or start this one anew with --overwrite.")
+            sys.exit(
+                f"{output_dir} holds spectrograms of other settings ({'; '.join(other)}): "
+                "name another --output_dir, or start this one anew with --overwrite."
+            )
         return
     elif present:
-        sys.exit(f"{output_dir} holds {len(present)} spectrograms but no mel_config.json to tell their settings: name another --output_dir, or start this one anew with --overwrite.")
+        sys.exit(
+            f"{output_dir} holds {len(present)} spectrograms but no mel_config.json to tell their settings: "
+            "name another --output_dir, or start this one anew with --overwrite."
+        )
     write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -297,18 +310,30 @@ def remove_leftovers(output_dir, started):
 
 def print_counts(output_dir, clips, skipped, seconds):
     """Spectrograms in the folder by emotion and variant, what was skipped, where things are."""
-    counts = Counter((f.parent.name, v) for c in EMOTIONS for f in output_dir.glob(f"{c}/*.npy")
-                     for v in ["original", *VARIANTS] if f.stem.endswith(f"_{v}"))
+    counts = Counter(
+        (f.parent.name, v)
+        for c in EMOTIONS
+        for f in output_dir.glob(f"{c}/*.npy")
+        for v in ["original", *VARIANTS]
+        if f.stem.endswith(f"_{v}")
+    )
     variants = [v for v in ["original", *VARIANTS] if any(counts[c, v] for c in EMOTIONS)]
     rows = [[v, *(counts[c, v] for c in EMOTIONS), sum(counts[c, v] for c in EMOTIONS)] for v in variants]
     rows.append(["all", *(sum(counts[c, v] for v in variants) for c in EMOTIONS), counts.total()])
     print(tabulate(rows, headers=["spectrograms", *EMOTIONS, "all"]))
     actors = {stem.split("_")[0] for stem in clips}
-    if any(len(a) == 4 and a.startswith("10") and a.isdigit() for a in actors) and (len(clips), len(actors)) != (CORPUS_CLIPS, CORPUS_ACTORS):
-        print(f"Note: this looks like CREMA-D, but is not all of it: {len(clips):,} clips of {CORPUS_CLIPS:,}, {len(actors)} actors of {CORPUS_ACTORS}.")
+    if any(len(a) == 4 and a.startswith("10") and a.isdigit() for a in actors) and (len(clips), len(actors)) != (
+        CORPUS_CLIPS,
+        CORPUS_ACTORS,
+    ):
+        print(
+            f"Note: this looks like CREMA-D, but is not all of it: "
+            f"{len(clips):,} clips of {CORPUS_CLIPS:,}, {len(actors)} actors of {CORPUS_ACTORS}."
+        )
     if skipped:
         kinds = Counter(reason.split(":")[0] for reason in skipped.values())
-        print(f"Skipped {len(skipped)} files ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}): see {output_dir / 'skipped.csv'}")
+        words = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+        print(f"Skipped {len(skipped)} files ({words}): see {output_dir / 'skipped.csv'}")
     print(f"{len(clips):,} clips in {seconds:.1f} s. Spectrograms: {output_dir}")
 
 
@@ -319,28 +344,57 @@ def print_counts(output_dir, clips, skipped, seconds):
 def parse_args():
     """The command line, checked; a wrong one ends the program with exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through")
+    parser.add_argument(
+        "--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the spectrograms")
     parser.add_argument("--no_augment", action="store_true", help="originals alone")
-    parser.add_argument("--n_augmentations", type=int, default=3, help="augmented copies of each clip, 0 to 8 (default 3)")
-    parser.add_argument("--seed", type=int, default=42, help="chooses variants and noise, with the file's name (default 42)")
+    parser.add_argument(
+        "--n_augmentations", type=int, default=3, help="augmented copies of each clip, 0 to 8 (default 3)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=42, help="chooses variants and noise, with the file's name (default 42)"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    parser.add_argument("--overwrite", action="store_true", help="delete the spectrograms that are there and start anew")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete the spectrograms that are there and start anew"
+    )
     parser.add_argument("--strict", action="store_true", help="exit status 1 if any file was skipped")
-    for name, default, unit in [("sample_rate", 16000, "Hz"), ("n_fft", 2048, "samples"), ("hop_length", 512, "samples"), ("n_mels", 128, "mel bands")]:
+    for name, default, unit in [
+        ("sample_rate", 16000, "Hz"),
+        ("n_fft", 2048, "samples"),
+        ("hop_length", 512, "samples"),
+        ("n_mels", 128, "mel bands"),
+    ]:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{unit} (default {default})")
     parser.add_argument("--fmin", type=float, default=0.0, help="Hz, lower edge of the lowest band (default 0)")
     parser.add_argument("--fmax", type=float, default=8000.0, help="Hz, upper edge of the highest band (default 8000)")
     args = parser.parse_args()
-    wrong = [text for bad, text in [
-        (not 0 <= args.n_augmentations <= len(VARIANTS), f"--n_augmentations is {args.n_augmentations}: take 0 to {len(VARIANTS)}"),
-        (args.workers < 1, f"--workers is {args.workers}: take at least 1"),
-        (args.sample_rate < 1000, f"--sample_rate is {args.sample_rate}: take at least 1000 Hz"),
-        (args.n_fft < 16, f"--n_fft is {args.n_fft}: take at least 16 samples"),
-        (not 1 <= args.hop_length <= args.n_fft, f"--hop_length is {args.hop_length}: take 1 to --n_fft, {args.n_fft}"),
-        (not 1 <= args.n_mels <= args.n_fft // 2, f"--n_mels is {args.n_mels}: take 1 to half of --n_fft, {args.n_fft // 2}"),
-        (not 0 <= args.fmin < args.fmax <= args.sample_rate / 2, f"--fmin {args.fmin:g} and --fmax {args.fmax:g}: take 0 <= fmin < fmax <= half of --sample_rate, {args.sample_rate / 2:g}"),
-    ] if bad]
+    wrong = [
+        text
+        for bad, text in [
+            (
+                not 0 <= args.n_augmentations <= len(VARIANTS),
+                f"--n_augmentations is {args.n_augmentations}: take 0 to {len(VARIANTS)}",
+            ),
+            (args.workers < 1, f"--workers is {args.workers}: take at least 1"),
+            (args.sample_rate < 1000, f"--sample_rate is {args.sample_rate}: take at least 1000 Hz"),
+            (args.n_fft < 16, f"--n_fft is {args.n_fft}: take at least 16 samples"),
+            (
+                not 1 <= args.hop_length <= args.n_fft,
+                f"--hop_length is {args.hop_length}: take 1 to --n_fft, {args.n_fft}",
+            ),
+            (
+                not 1 <= args.n_mels <= args.n_fft // 2,
+                f"--n_mels is {args.n_mels}: take 1 to half of --n_fft, {args.n_fft // 2}",
+            ),
+            (
+                not 0 <= args.fmin < args.fmax <= args.sample_rate / 2,
+                f"--fmin {args.fmin:g} and --fmax {args.fmax:g}: take 0 <= fmin < fmax <= half of --sample_rate",
+            ),
+        ]
+        if bad
+    ]
     if wrong:
         parser.error("; ".join(wrong))
     return args
@@ -351,8 +405,17 @@ def main():
     args, started = parse_args(), time.time()
     n_augmentations = 0 if args.no_augment else args.n_augmentations
     mel = {name: getattr(args, name) for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")}
-    config = mel | {"seed": args.seed, "n_augmentations": n_augmentations, "augmentation": {n: list(v) for n, v in VARIANTS.items()},
-                    "versions": {"python": platform.python_version(), "numpy": np.__version__, "librosa": librosa.__version__, "soundfile": soundfile.__version__}}
+    config = mel | {
+        "seed": args.seed,
+        "n_augmentations": n_augmentations,
+        "augmentation": {n: list(v) for n, v in VARIANTS.items()},
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "librosa": librosa.__version__,
+            "soundfile": soundfile.__version__,
+        },
+    }
     if not args.input_dir.is_dir():
         sys.exit(f"--input_dir {args.input_dir} is no folder: name the one that holds the .wav or .flac files.")
     skipped = {}
@@ -384,4 +447,7 @@ if __name__ == "__main__":
         print("\nStopped. What was written stays: the same command goes on from there.", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        sys.exit(f"{error.filename or 'A file'}: {error.strerror}. What was written before stays: mend this and run the same command again.")
+        sys.exit(
+            f"{error.filename or 'A file'}: {error.strerror}. What was written before stays: "
+            "mend this and run the same command again."
+        )

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TOY, generate, train
+from conftest import generate, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -172,22 +172,26 @@ def test_mixed_precision_reaches_the_model_and_can_be_switched_off(constants, mo
 @pytest.fixture
 def stubbed(constants, monkeypatch, tmp_path):
     """train() on validation accuracies given beforehand; returns the run."""
-    constants(EPOCHS=30, PATIENCE=4, LR_PATIENCE=1, LR_FACTOR=0.5, WARMUP_EPOCHS=0, LEARNING_RATE=0.1, **{n: v for n, v in TOY.items() if n in ("CHANNELS", "HIDDEN", "HEADS")})
+    constants(EPOCHS=30, PATIENCE=4, LR_PATIENCE=1, LR_FACTOR=0.5, WARMUP_EPOCHS=0, LEARNING_RATE=0.1, BATCH_SIZE=10)
 
     def go(accuracies):
         queue, label = iter(accuracies), torch.arange(100) % 6
-        data = trainer.Spectrograms.__new__(trainer.Spectrograms)
-        data.label, data.start, data.length, data.frames = label, torch.arange(100), torch.ones(100, dtype=torch.long), torch.zeros(200, 128)
         monkeypatch.setattr(trainer, "train_epoch", lambda *_: (1.0, 0.5))
+        run = trainer.Run.__new__(trainer.Run)
+        run.model = nn.Linear(2, 2)
+        run.optimizer = torch.optim.AdamW(run.model.parameters(), trainer.LEARNING_RATE)
+        run.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer, "max", factor=trainer.LR_FACTOR, patience=trainer.LR_PATIENCE)
+        run.parts, run.output_dir, run.sides = {"optimizer": run.optimizer}, tmp_path, {"train": range(100)}
+        run.history, run.best_epoch, run.best_accuracy = [], 0, -1.0
+        run.settings, run.model_config, run.mel_config, run.normalization = {}, {}, {}, {}
 
-        def logits(*_):
+        def logits(side, model):
             right = round(100 * next(queue))
             answer = torch.where(torch.arange(100) < right, label, (label + 1) % 6)
-            return nn.functional.one_hot(answer, 6).float()
+            return nn.functional.one_hot(answer, 6).float(), label
 
-        monkeypatch.setattr(trainer, "logits_of", logits)
-        run = trainer.Run({"n_mels": 128, "n_classes": 6, "channels": trainer.CHANNELS, "strides": trainer.STRIDES, "hidden": 32, "heads": 4, "dropout": 0.3}, torch.device("cpu"), None)
-        trainer.train(run, data, {"train": torch.arange(100), "val": torch.arange(100)}, tmp_path, {"mean": [0.0] * 128, "std": [1.0] * 128}, {"n_mels": 128}, {})
+        run.logits = logits
+        trainer.train(run)
         return run
 
     return go
@@ -277,7 +281,7 @@ def test_hidden_parts_are_within_the_clip(constants):
 
 
 @pytest.mark.parametrize("name, value, word", [("EPOCHS", "many", "whole number"), ("BATCH_SIZE", 1, "BATCH_SIZE = 1"), ("DROPOUT", 1.5, "DROPOUT = 1.5"), ("AMP", "fp8", "AMP"), ("DEVICE", "toaster", "toaster"),
-                                               ("SPLIT", "by mood", "by mood"), ("MEL_DIR", "nowhere", "no folder"), ("RESUME", 1, "True or False"), ("CHANNELS", (1, 2), "four"), ("HEADS", 5, "divisor"),
+                                               ("SPLIT", "by mood", "by mood"), ("MEL_DIR", "nowhere", "no folder"), ("RESUME", 1, "True or False"), ("CHANNELS", (1, 2), "four"), ("STRIDES", 2, "four pairs"), ("HEADS", 5, "divisor"),
                                                ("BATCH_SIZE", 5000, "lower BATCH_SIZE")])  # fmt: skip
 def test_wrong_constants_are_a_sentence(mels, tmp_path, name, value, word):
     text = train(tmp_path, mels, code=1, **{name: value})
