@@ -2,11 +2,13 @@
 
 import ast
 import itertools
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, train
 
 SCRIPTS = ("mel_generator.py", "cremad_custom2.py", "custom2_tester.py")
 TWICE = {"load_audio", "mel_filters", "stft", "log_mel", "ResidualBlock", "EmotionClassifier"}
@@ -52,3 +54,41 @@ def test_importing_does_nothing(script, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script.removesuffix('.py')}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (0, "", [])
+
+
+def interrupt(command, wait_for, cwd):
+    """Sends SIGINT once the program has printed `wait_for`; returns its exit code, seconds to end, and words."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    text = ""
+    while wait_for not in text:
+        piece = process.stdout.read(1)
+        assert piece, f"ended before it said {wait_for!r}: {text}"
+        text += piece
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    rest, _ = process.communicate(timeout=60)
+    return process.returncode, time.monotonic() - started, text + rest
+
+
+def test_ctrl_c_in_the_trainer_says_how_to_go_on(mels, tmp_path):
+    train(tmp_path, mels, EPOCHS=1)
+    path = tmp_path / "cremad_custom2.py"
+    path.write_text(path.read_text().replace("\nEPOCHS = 1\n", "\nEPOCHS = 500\n").replace("\nRESUME = False\n", "\nRESUME = True\n").replace("\nPATIENCE = 8", "\nPATIENCE = 500"))
+    code, seconds, text = interrupt([path], "epoch   2/500", tmp_path)
+    assert code == 130 and seconds < 5 and "RESUME = True" in text.splitlines()[-1] and "Traceback" not in text
+    done = (tmp_path / "output/history.csv").read_text().count("\n") - 1
+    assert done >= 2 and f"after epoch {done}." in train(tmp_path, mels, EPOCHS=done + 1, RESUME=True)
+
+
+def test_ctrl_c_in_the_generator_and_the_tester(corpus, trained, tmp_path):
+    for path in corpus.iterdir():
+        for i in range(40):
+            (tmp_path / "many").mkdir(exist_ok=True)
+            (tmp_path / "many" / f"{i}{path.name}").symlink_to(path)
+    both = ["--input_dir", tmp_path / "many", "--output_dir", tmp_path / "out"]
+    code, seconds, text = interrupt([ROOT / "mel_generator.py", *both, "--n_augmentations", 8], "clip/s]", tmp_path)
+    assert code == 130 and seconds < 5 and "goes on from there" in text and "Traceback" not in text
+    code, seconds, text = interrupt([ROOT / "custom2_tester.py", *both, "--model_path", trained / "best_model.pth", "--batch_size", 2, "--visualize"], "16/1920", tmp_path)
+    assert code == 130 and seconds < 5 and "--resume" in text and "Traceback" not in text
+    kept = (tmp_path / "out/classification_results.csv.partial").read_text().count("\n")
+    assert kept >= 17
