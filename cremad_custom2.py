@@ -18,6 +18,7 @@ Exit status: 0 finished, 1 had to stop, 2 wrong arguments, 130 Ctrl-C.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -209,13 +210,14 @@ def split_from_csv(stems):
 def assign_split(clips):
     """Adds the column `split`, drops what no side uses: variants other than the original only train."""
     originals = clips[clips.variant == "original"]
-    if SPLIT == "actor" and originals.actor.nunique() < 3:
-        sys.exit(
-            f"MEL_DIR = {MEL_DIR!r} holds {originals.actor.nunique()} actor(s): a split by actor takes at least "
-            "three, one each to train, validate and test."
-        )
     if SPLIT in ("actor", "clip"):
-        side = split_evenly(originals.actor if SPLIT == "actor" else originals.stem, originals.emotion, SEED)
+        groups = originals.actor if SPLIT == "actor" else originals.stem
+        if (n := groups.nunique()) < 3:
+            sys.exit(
+                f"MEL_DIR = {MEL_DIR!r} holds originals of {n} {SPLIT}(s): a split by {SPLIT} takes at least "
+                "three, one each to train, validate and test."
+            )
+        side = split_evenly(groups, originals.emotion, SEED)
     else:
         side = split_from_csv(originals.stem)
     clips = clips.assign(split=clips.stem.map(dict(zip(originals.stem, side, strict=True))))
@@ -574,6 +576,14 @@ def plot_history(path, history, best_epoch):
     plt.close(figure)
 
 
+def save_tensors(state, path):
+    """torch.save, with a full disk told as the OSError that it is."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(errno.EIO, f"could not be written whole (is the disk full?): {str(error)[:80]}", path) from error
+
+
 class Run:
     """A training in progress: data, model, optimiser, schedule, history; saved and resumed as one."""
 
@@ -584,7 +594,7 @@ class Run:
         self.data = Spectrograms(clips, mel_config["n_mels"])
         self.normalization = self.data.normalize(self.sides["train"])
         self.data.to_gpu_if_it_fits(device)
-        self.settings = configuration(clips)
+        self.settings = configuration(clips, mel_config, self.normalization)
         self.model_config = {
             "n_mels": mel_config["n_mels"], "n_classes": len(EMOTIONS), "channels": CHANNELS, "strides": STRIDES,
             "hidden": HIDDEN, "heads": HEADS, "dropout": DROPOUT,
@@ -613,7 +623,7 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {name: getattr(self, name) for name in ("history", "best_epoch", "best_accuracy", "settings")}
         with whole_file(self.output_dir / "last_checkpoint.pth") as temporary:
-            torch.save(state, temporary)
+            save_tensors(state, temporary)
         with whole_file(self.output_dir / "history.csv") as temporary:
             pd.DataFrame(self.history).to_csv(temporary, index=False)
 
@@ -634,21 +644,25 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
         }
         with whole_file(self.output_dir / "best_model.pth") as temporary:
-            torch.save(checkpoint, temporary)
+            save_tensors(checkpoint, temporary)
 
     def resume(self):
         """Takes up the training of last_checkpoint.pth; refuses one of other settings."""
         path = self.output_dir / "last_checkpoint.pth"
+        best = self.output_dir / "best_model.pth"
         if not path.exists():
             print(f"RESUME = True, but there is no {path} yet: starting with epoch 1.")
-            return
+            return keep_previous(self.output_dir)
+        if not best.exists():
+            sys.exit(f"RESUME = True, but {best} is gone: put it back, or set RESUME = False to start anew.")
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             was, now = state["settings"], self.settings
             changed = [k for k in now if k not in FREE_TO_CHANGE and was.get(k) != now[k]]
             if not changed:
                 for name, part in self.parts.items():
-                    part.load_state_dict(state[name])
+                    if state[name]:  # a gradient scaler that is off has nothing to tell
+                        part.load_state_dict(state[name])
                 self.history, self.best_epoch = state["history"], state["best_epoch"]
                 self.best_accuracy = state["best_accuracy"]
         except Exception as error:  # bytes from anywhere make the unpickler raise anything
@@ -663,11 +677,13 @@ class Run:
 
 
 def keep_previous(output_dir):
-    """Renames an earlier training's best model: a new training must not destroy it."""
-    best, previous = output_dir / "best_model.pth", output_dir / "best_model_previous.pth"
-    if best.exists():
-        os.replace(best, previous)
-        print(f"An earlier training's model is kept as {previous}.")
+    """Renames an earlier training's model and checkpoint after their time: a new one must not destroy them."""
+    for path in (output_dir / "best_model.pth", output_dir / "last_checkpoint.pth"):
+        if path.exists():
+            ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+            kept = path.with_name(f"{path.stem}_{ended}.pth")
+            os.replace(path, kept)
+            print(f"An earlier training's {path.name} is kept as {kept}.")
 
 
 def load_checkpoint(path, device):
@@ -757,7 +773,7 @@ def write_test(run, logits, label, temperature):
     rows = rows.assign(true_class=[names[i] for i in label], predicted_class=[names[i] for i in predicted])
     rows[names] = (logits / temperature).softmax(1).numpy()
     with whole_file(run.output_dir / "test_predictions.csv") as temporary:
-        rows.to_csv(temporary, index=False)
+        rows.to_csv(temporary, index=False, errors="surrogateescape")
     classes = {"labels": range(len(names)), "target_names": names}
     with whole_file(run.output_dir / "classification_report.txt") as temporary:
         report = classification_report(label, predicted, **classes, zero_division=0, digits=3)
@@ -812,11 +828,13 @@ def parse_args():
     argparse.ArgumentParser("python cremad_custom2.py", description=__doc__, formatter_class=formatter).parse_args()
 
 
-def configuration(clips):
-    """The constants, and the split's fingerprint: what a resumed run must share with the first."""
+def configuration(clips, mel_config, normalization):
+    """The constants, mel settings, fingerprints of split and data: what a resumed run must share with the first."""
     names = [name for name in globals() if name.isupper() and name not in ("F", "EMOTIONS", "FREE_TO_CHANGE")]
     split = clips[["stem", "variant", "split"]].to_csv(index=False).encode("utf-8", "surrogateescape")
-    return {name: globals()[name] for name in names} | {"SPLIT_SHA256": hashlib.sha256(split).hexdigest()}
+    data = json.dumps(normalization).encode()
+    prints = {"SPLIT_SHA256": hashlib.sha256(split).hexdigest(), "DATA_SHA256": hashlib.sha256(data).hexdigest()}
+    return {name: globals()[name] for name in names} | {"MEL_CONFIG": mel_config} | prints
 
 
 def main():
@@ -832,7 +850,9 @@ def main():
     print_setup(run)
     run.resume() if RESUME else keep_previous(output_dir)
     with whole_file(output_dir / "split.csv") as temporary:
-        clips.drop_duplicates("stem")[["stem", "actor", "emotion", "split"]].to_csv(temporary, index=False)
+        clips.drop_duplicates("stem")[["stem", "actor", "emotion", "split"]].to_csv(
+            temporary, index=False, errors="surrogateescape"
+        )
     train(run)
     finish(run, time.perf_counter() - started)
     return 0

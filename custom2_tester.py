@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import hashlib
 import io
 import math
 import multiprocessing
@@ -51,7 +52,7 @@ from tqdm import tqdm
 # Constants
 
 AUDIO_SUFFIXES = (".wav", ".flac")
-BATCHES_AT_ONCE = 8  # batches of files read ahead, sorted by length, and written together
+BATCHES_AT_ONCE = 4  # batches of files read ahead, sorted by length, and written together
 SHOWN_FILES = 20  # at most this many rows on the screen
 FORMAT_VERSION = 1
 
@@ -77,11 +78,13 @@ def load_audio(path, sample_rate, hop_length):
     if not head:
         raise ValueError("empty: the file has 0 bytes")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        samples, rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
         raise ValueError(f"unreadable: {getattr(error, 'error_string', error)}") from error
     if not len(samples):
         raise ValueError("empty: a sound file without samples")
+    if rate < 1000:
+        raise ValueError(f"unreadable: a sampling rate of {rate} Hz")
     if not np.abs(samples).max() < 1e15:  # the power of larger samples overflows float32
         raise ValueError("not finite: NaN, infinite or boundless samples")
     mono = samples.mean(axis=1)
@@ -108,7 +111,8 @@ def stft(samples, n_fft, hop_length):
     window = np.hanning(n_fft + 1)[:-1].astype(np.float32)
     padded = np.pad(samples, n_fft // 2)
     frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop_length]
-    return np.fft.rfft(frames * window)
+    blocks = range(0, len(frames), 1024)  # an hour's windowed frames at once would fill the memory
+    return np.concatenate([np.fft.rfft(frames[at : at + 1024] * window) for at in blocks])
 
 
 def log_mel(samples, sample_rate, n_fft, hop_length, n_mels, fmin, fmax):
@@ -182,13 +186,17 @@ def find_files(input_dir):
     return sorted(p.relative_to(input_dir).as_posix() for p in paths)
 
 
-def read_clip(path, folder, mel_config):
-    """One file's log-mel spectrogram (mel bands, frames) or None, its seconds or None, and the error or ""."""
+def read_clip(path, folder, mel_config, max_width):
+    """One file's log-mel spectrogram (mel bands, frames) or None, its seconds or None, and the error or "".
+
+    Of a file longer than max_width, somewhat more than that many frames: what is not heard costs no memory.
+    """
     try:
         samples = load_audio(os.path.join(folder, path), mel_config["sample_rate"], mel_config["hop_length"])
-    except ValueError as error:
-        return None, None, str(error)
-    return log_mel(samples, **mel_config), len(samples) / mel_config["sample_rate"], ""
+        heard = samples[: max_width * mel_config["hop_length"] + mel_config["n_fft"]]
+        return log_mel(heard, **mel_config), len(samples) / mel_config["sample_rate"], ""
+    except (ValueError, MemoryError) as error:
+        return None, None, str(error) or "too long for this machine's memory"
 
 
 def read_ahead(paths, read, workers, size):
@@ -213,7 +221,7 @@ def read_partial(path, columns):
         return []
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         text = file.read()
-    rows = list(csv.reader(io.StringIO(text, newline="")))
+    rows = list(csv.reader(io.StringIO(text.split("\0")[0], newline="")))  # NUL: a power cut's mark
     if rows and not text.endswith("\n"):
         rows.pop()
     if rows and rows[0] != columns:
@@ -408,7 +416,7 @@ def draw_clip(path, title, mel, probabilities, names, mel_config):
     hertz = librosa.mel_frequencies(n_mels=len(mel) + 2, fmin=mel_config["fmin"], fmax=mel_config["fmax"])[1:-1]
     marks = [f for f in (250, 500, 1000, 2000, 4000, 8000, 16000) if hertz[0] <= f <= hertz[-1]]
     left.set_yticks(np.interp(marks, hertz, np.arange(len(mel))), marks)
-    left.set_title(title, parse_math=False, fontsize=9)
+    left.set_title(os.fsencode(title).decode("utf-8", "replace"), parse_math=False, fontsize=9)
     for bar, p in zip(bars, probabilities, strict=True):
         bar.set(width=100 * p, color="#D55E00" if p == max(probabilities) else "#0072B2")
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -484,10 +492,15 @@ def write_summary(output_dir, results, names):
     print(tabulate(rows, headers=headers))
     plot_confidence(output_dir / "confidence_distribution.png", good, names)
     labelled = good[good.true_class != ""]
-    for name in ("confusion_matrix.png", "classification_report.txt"):
-        (output_dir / name).unlink(missing_ok=True)  # an earlier run's, perhaps of other files
     if len(labelled):
         write_report(output_dir, labelled, names)
+
+
+def remove_earlier(output_dir):
+    """Deletes an earlier run's summary and pictures, so that none stands beside results it is not of."""
+    names = ("summary.csv", "confidence_distribution.png", "confusion_matrix.png", "classification_report.txt")
+    for name in names:
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def write_report(output_dir, labelled, names):
@@ -532,7 +545,7 @@ def parse_args():
     parser.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count(),
+        default=min(os.cpu_count() or 1, 61),
         help="threads that read, processes that draw (default: all cores)",
     )
     parser.add_argument(
@@ -560,27 +573,52 @@ def classify_all(args, paths, model, checkpoint, device, artists):
     columns = ["file", "predicted_class", "predicted_code", "confidence", *(c["name"] for c in classes)]
     columns += ["duration_s", "true_class", "error"]
     partial = args.output_dir / "classification_results.csv.partial"
-    kept = read_partial(partial, columns) if args.resume else []
+    order = {cell(path): i for i, path in enumerate(paths)}
+    check_same_run(args, partial)
+    kept = [row for row in (read_partial(partial, columns) if args.resume else []) if row[0] in order and not row[-1]]
     done = {row[0] for row in kept}
     left = [path for path in paths if cell(path) not in done]
     folder = args.input_dir if args.input_dir.is_dir() else args.input_dir.parent
-    read = functools.partial(read_clip, folder=folder, mel_config=checkpoint["mel_config"])
+    read = functools.partial(read_clip, folder=folder, mel_config=checkpoint["mel_config"], max_width=args.max_width)
     pictures = picture_paths(paths, args.output_dir)
     write_rows(partial, "w", [columns, *kept])
     with tqdm(total=len(left), desc="Classifying", unit="file") as bar:
         for some, clips in read_ahead(left, read, args.workers, BATCHES_AT_ONCE * args.batch_size):
             mels = [mel for mel, _, _ in clips]
             probabilities = classify(mels, model, checkpoint, args.max_width, args.batch_size, device)
-            answers = zip(some, probabilities, clips, strict=True)
-            write_rows(
-                partial, "a", [result_row(path, p, seconds, error, classes) for path, p, (_, seconds, error) in answers]
-            )
-            cut += sum(mel is not None and mel.shape[1] > args.max_width for mel in mels)
-            if artists:
+            if artists:  # before the rows: a file with a row has its picture
                 draw_all(artists, [pictures[path] for path in some], some, mels, probabilities, checkpoint)
+            answers = zip(some, probabilities, clips, strict=True)
+            rows = [result_row(path, p, seconds, error, classes) for path, p, (_, seconds, error) in answers]
+            write_rows(partial, "a", rows)
+            cut += sum(mel is not None and mel.shape[1] > args.max_width for mel in mels)
             bar.update(len(some))
+    if kept:
+        rows = sorted(read_partial(partial, columns), key=lambda row: order[row[0]])
+        with whole_file(partial) as temporary:
+            write_rows(temporary, "w", [columns, *rows])
     os.replace(partial, args.output_dir / "classification_results.csv")
+    run_note(partial).unlink()
     return cut
+
+
+def run_note(partial):
+    """The file beside a partial one that tells which run it is of."""
+    return partial.with_name(f"{partial.name}.run")
+
+
+def check_same_run(args, partial):
+    """Notes which run the partial file is of; ends the program if --resume would mix two."""
+    model = hashlib.sha256(args.model_path.read_bytes()).hexdigest()
+    now = f"model {model}\nmax_width {args.max_width}\ninput_dir {args.input_dir.resolve()}\n"
+    note = run_note(partial)
+    if args.resume and partial.exists() and note.exists() and note.read_text(errors="surrogateescape") != now:
+        sys.exit(
+            f"--resume: {partial} is of another model, --max_width or --input_dir: "
+            "give the same ones again, or leave --resume out to start anew."
+        )
+    with whole_file(note) as temporary:
+        Path(temporary).write_text(now, errors="surrogateescape")
 
 
 def draw_all(artists, pictures, titles, mels, probabilities, checkpoint):
@@ -595,39 +633,41 @@ def draw_all(artists, pictures, titles, mels, probabilities, checkpoint):
         job.result()
 
 
+@contextlib.contextmanager
+def drawing_processes(workers):
+    """Processes that draw, started before the first thread is, so that forking is safe."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    artists = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        artists.submit(int).result()
+        yield artists
+    except BrokenProcessPool:
+        sys.exit("A drawing process was killed, most often for want of memory: run again with fewer --workers.")
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: the pictures in flight end within a second
+        raise
+    finally:
+        artists.shutdown(cancel_futures=True)
+
+
 def main():
     """Loads the model, classifies, draws, sums up; returns the exit status."""
     args, started = parse_args(), time.perf_counter()
-    artists = None
-    if args.visualize:  # before the first thread starts, so that forked processes are safe
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        artists = ProcessPoolExecutor(args.workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-        artists.submit(int).result()
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
-    model, checkpoint = load_checkpoint(args.model_path, device)
-    args.max_width = args.max_width or checkpoint["max_width"]
-    paths = find_files(args.input_dir)
-    if not paths:
-        sys.exit(
-            f"--input_dir {args.input_dir} "
-            + (
-                "holds no .wav or .flac file, nor does any folder below it."
-                if args.input_dir.is_dir()
-                else "is neither a folder nor a .wav or .flac file."
+    with drawing_processes(args.workers) if args.visualize else contextlib.nullcontext() as artists:
+        device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+        model, checkpoint = load_checkpoint(args.model_path, device)
+        args.max_width = args.max_width or checkpoint["max_width"]
+        paths = find_files(args.input_dir)
+        if not paths:
+            what = "holds no .wav or .flac file, nor does any folder below it"
+            sys.exit(
+                f"{args.input_dir} {what if args.input_dir.is_dir() else 'is neither a folder nor a .wav or .flac file'}."
             )
-        )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {len(paths):,} files.")
-    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {len(paths):,} files.")
         cut = classify_all(args, paths, model, checkpoint, device, artists)
-    except BrokenProcessPool:
-        sys.exit(
-            "A drawing process was killed, most often for want of memory: run again with --resume and fewer --workers."
-        )
-    finally:
-        if artists:
-            artists.shutdown(cancel_futures=True)
     results = pd.read_csv(
         args.output_dir / "classification_results.csv",
         dtype=str,
@@ -635,6 +675,7 @@ def main():
         encoding_errors="surrogateescape",
     )
     failed = int((results.error != "").sum())
+    remove_earlier(args.output_dir)
     if failed < len(results):
         write_summary(args.output_dir, results, [c["name"] for c in checkpoint["classes"]])
     if cut:

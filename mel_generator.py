@@ -20,12 +20,14 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one thread a process: --workers fill the cores
 
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
 import io
 import json
 import platform
+import re
 import signal
 import sys
 import time
@@ -81,11 +83,13 @@ def load_audio(path, sample_rate, hop_length):
     if not head:
         raise ValueError("empty: the file has 0 bytes")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        samples, rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
         raise ValueError(f"unreadable: {getattr(error, 'error_string', error)}") from error
     if not len(samples):
         raise ValueError("empty: a sound file without samples")
+    if rate < 1000:
+        raise ValueError(f"unreadable: a sampling rate of {rate} Hz")
     if not np.abs(samples).max() < 1e15:  # the power of larger samples overflows float32
         raise ValueError("not finite: NaN, infinite or boundless samples")
     mono = samples.mean(axis=1)
@@ -112,7 +116,8 @@ def stft(samples, n_fft, hop_length):
     window = np.hanning(n_fft + 1)[:-1].astype(np.float32)
     padded = np.pad(samples, n_fft // 2)
     frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop_length]
-    return np.fft.rfft(frames * window)
+    blocks = range(0, len(frames), 1024)  # an hour's windowed frames at once would fill the memory
+    return np.concatenate([np.fft.rfft(frames[at : at + 1024] * window) for at in blocks])
 
 
 def log_mel(samples, sample_rate, n_fft, hop_length, n_mels, fmin, fmax):
@@ -218,13 +223,13 @@ def process_clip(task):
     path, stem, missing, input_dir, output_dir, mel, seed = task
     try:
         samples = load_audio(os.path.join(input_dir, path), mel["sample_rate"], mel["hop_length"])
-    except ValueError as error:
-        return path, str(error)
-    for variant in missing:
-        variant_samples = augment(samples, variant, mel["sample_rate"], random_generator(seed, stem, variant))
-        spectrogram = io.BytesIO()
-        np.save(spectrogram, log_mel(variant_samples, **mel))
-        write_whole(os.path.join(output_dir, emotion_of(stem), f"{stem}_{variant}.npy"), spectrogram.getvalue())
+        for variant in missing:
+            varied = augment(samples, variant, mel["sample_rate"], random_generator(seed, stem, variant))
+            spectrogram = io.BytesIO()
+            np.save(spectrogram, log_mel(varied, **mel))
+            write_whole(os.path.join(output_dir, emotion_of(stem), f"{stem}_{variant}.npy"), spectrogram.getvalue())
+    except (ValueError, MemoryError) as error:
+        return path, str(error) or "too long for this machine's memory"
     return path, None
 
 
@@ -244,6 +249,9 @@ def process_all(tasks, workers):
             "A worker process was killed, most often for want of memory: run again with fewer --workers. "
             "What was written stays, and is not done again."
         )
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: the clips in flight end within a second
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -293,19 +301,22 @@ def write_skipped(output_dir, skipped, clips):
     """Brings skipped.csv up to date: this run's rows, and earlier rows of files that it did not see."""
     path = output_dir / "skipped.csv"
     if path.exists():
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            seen = set(clips.values())
-            skipped = {row["file"]: row["reason"] for row in csv.DictReader(file) if row["file"] not in seen} | skipped
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            earlier = dict(row for row in csv.reader(file) if len(row) == 2 and row != ["file", "reason"])
+        seen = set(clips.values())
+        skipped = {name: reason for name, reason in earlier.items() if name not in seen} | skipped
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([("file", "reason"), *sorted(skipped.items())])
     write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def remove_leftovers(output_dir, started):
-    """Deletes temporary files of killed runs: those last touched before this run began."""
-    for file in output_dir.rglob("*.tmp"):
-        if file.stat().st_mtime < started:
-            file.unlink(missing_ok=True)
+    """Deletes temporary files of killed runs: those of ours that were last touched before this run began."""
+    ours = re.compile(r".+\.(npy|json|csv)\.\d+\.tmp")
+    for file in (file for folder in ("", *EMOTIONS) for file in (output_dir / folder).glob("*.tmp")):
+        with contextlib.suppress(FileNotFoundError):  # another run at work here may be just renaming it
+            if ours.fullmatch(file.name) and file.stat().st_mtime < started:
+                file.unlink()
 
 
 def print_counts(output_dir, clips, skipped, seconds):
@@ -355,7 +366,9 @@ def parse_args():
     parser.add_argument(
         "--seed", type=int, default=42, help="chooses variants and noise, with the file's name (default 42)"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument(
+        "--workers", type=int, default=min(os.cpu_count() or 1, 61), help="processes (default: all cores)"
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="delete the spectrograms that are there and start anew"
     )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import librosa
@@ -98,7 +99,9 @@ def test_folder_is_the_same_whatever_the_workers_or_interruptions(corpus, mels, 
     for path in sorted((tmp_path / "one").rglob("*.npy"))[::3]:
         path.unlink()
     (tmp_path / "one" / "ANG" / "x_original.npy.99.tmp").write_bytes(b"half")
+    (tmp_path / "one" / "my.tmp").write_bytes(b"not ours to delete")
     generate(corpus, tmp_path / "one", "--n_augmentations", 2)
+    (tmp_path / "one" / "my.tmp").unlink()
     assert files_below(tmp_path / "one") == whole
 
 
@@ -153,12 +156,14 @@ def test_every_bad_file_is_told_apart(tmp_path):
     (tmp_path / "1001_A_ANG_folder.wav").mkdir()
     soundfile.write(tmp_path / "z" / "1001_A_ANG_good.wav", tone, 16000)
     text = generate(tmp_path, tmp_path / "out", "--no_augment")
+    no_utf8 = os.fsdecode(b"J\xfcrgen_A_ANG_1")
+    shutil.copy(tmp_path / "1001_A_ANG_good.wav", tmp_path / f"{no_utf8}.wav")
     words |= {"hello.wav": "no emotion", "1001_A_XYZ_1.wav": "no emotion", f"1001_A_ANG_{'n' * 235}.wav": "name too long", "z/1001_A_ANG_good.wav": "same stem as another file: 1001_A_ANG_good.wav"}
     found = skipped(tmp_path / "out")
     assert found.keys() == words.keys()
     assert not [(f, found[f]) for f, word in words.items() if word not in found[f]]
     assert f"Skipped {len(words)} files" in text
-    assert [p.name for p in (tmp_path / "out").rglob("*.npy")] == ["1001_A_ANG_good_original.npy"]
+    assert {p.name for p in (tmp_path / "out").rglob("*.npy")} == {"1001_A_ANG_good_original.npy", f"{no_utf8}_original.npy"}
     before = (tmp_path / "out" / "skipped.csv").read_bytes()
     generate(tmp_path, tmp_path / "out", "--no_augment", "--strict", code=1)
     assert (tmp_path / "out" / "skipped.csv").read_bytes() == before  # the folder's, not the last run's

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 import shutil
 
@@ -18,7 +19,7 @@ NAMES = COLUMNS.split(",")[4:10]
 
 
 def results(folder):
-    with open(folder / "classification_results.csv", newline="", encoding="utf-8") as file:
+    with open(folder / "classification_results.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
@@ -80,7 +81,7 @@ def test_awkward_names_one_file_and_failures(corpus, trained, tmp_path):
     source, folder = sorted(corpus.iterdir())[0], tmp_path / "in"
     (folder / "sub, folder").mkdir(parents=True)
     (folder / "x.wav").mkdir()
-    names = ["=1+1.wav", "-x.WAV", "+.wav", "@a.wav", "new\nline.wav", 'quo"te.wav', "sub, folder/b c.wav", "ünï😀.wav", "$x$.wav", "n" * 246 + ".wav"]
+    names = [os.fsdecode(b"J\xfcrgen.wav"), "=1+1.wav", "-x.WAV", "+.wav", "@a.wav", "new\nline.wav", 'quo"te.wav', "sub, folder/b c.wav", "ünï😀.wav", "$x$.wav", "n" * 246 + ".wav"]
     for name in names:
         shutil.copy(source, folder / name)
     words = bad_files(folder)
@@ -109,6 +110,10 @@ def test_runs_repeat_byte_for_byte_and_resume(corpus, trained, tmp_path):
     marked = lines[1].replace(lines[1].split(b",")[3], b"0.123456", 1)  # rows that were written are kept, not made again
     partial.write_bytes(b"".join([lines[0], marked, *lines[2:20]]) + lines[20][:30])
     classify(corpus, model, tmp_path / "two", "--cpu", "--resume")
+    (tmp_path / "three").mkdir()
+    for name, word in (("classification_results.csv.partial", whole), ("classification_results.csv.partial.run", b"another")):
+        (tmp_path / "three" / name).write_bytes(word)
+    assert "is of another model" in classify(corpus, model, tmp_path / "three", "--resume", code=1)
     again = (tmp_path / "two/classification_results.csv").read_bytes().splitlines(keepends=True)
     assert again[1] == marked and [row.split(b",")[0] for row in again] == [row.split(b",")[0] for row in lines] and not partial.exists()
 
@@ -149,6 +154,9 @@ def test_wrong_arguments_and_folders(corpus, trained, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no .wav or .flac" in classify(tmp_path / "empty", model, tmp_path / "out", code=1)
     bad_files(tmp_path / "empty")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/summary.csv").write_text("of an earlier run")
     assert "No file could be classified" in classify(tmp_path / "empty", model, tmp_path / "out", code=1)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["classification_results.csv"]
     (tmp_path / "file").write_text("x")
     assert str(tmp_path / "file") in classify(corpus, model, tmp_path / "file/out", code=1)

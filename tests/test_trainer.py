@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -223,16 +225,33 @@ def test_resumed_run_is_the_unbroken_run(mels, trained, tmp_path):
         ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (tmp_path / "output", trained))
         key = "model" if "model" in ours else "model_state_dict"
         assert all(torch.equal(ours[key][k], theirs[key][k]) for k in theirs[key])
-    text = train(tmp_path, mels, RESUME=True, SEED=1, code=1)
-    assert "SEED was 42, now 1" in text
+    text = train(tmp_path, mels, RESUME=True, DROPOUT=0.5, code=1)
+    assert "DROPOUT was 0.3, now 0.5" in text
+    shutil.copytree(mels, tmp_path / "mels")
+    for path in (tmp_path / "mels").rglob("*.npy"):
+        np.save(path, np.load(path) + 1)
+    assert "DATA_SHA256 was" in train(tmp_path, tmp_path / "mels", RESUME=True, EPOCHS=3, code=1)
 
 
 def test_resume_without_checkpoint_says_so_and_damage_is_told(mels, tmp_path):
     assert "starting with epoch 1" in train(tmp_path, mels, RESUME=True, EPOCHS=1)
     (tmp_path / "output" / "last_checkpoint.pth").write_bytes(b"junk")
     assert "no checkpoint of this script" in train(tmp_path, mels, RESUME=True, code=1)
-    assert "best_model_previous.pth" in train(tmp_path, mels, EPOCHS=1)
-    assert (tmp_path / "output" / "best_model_previous.pth").exists()
+    best = (tmp_path / "output" / "best_model.pth").read_bytes()
+    assert "earlier training's best_model.pth is kept as" in train(tmp_path, mels, EPOCHS=1)
+    (kept,) = (tmp_path / "output").glob("best_model_2*.pth")
+    assert kept.read_bytes() == best and (tmp_path / "output" / "best_model.pth").exists()
+    (tmp_path / "output" / "best_model.pth").unlink()
+    assert "best_model.pth is gone" in train(tmp_path, mels, RESUME=True, code=1)
+
+
+def test_full_disk_is_a_sentence(mels, tmp_path):
+    train(tmp_path, mels, EPOCHS=1)
+    size = (tmp_path / "output" / "best_model.pth").stat().st_size
+    (tmp_path / "output" / "last_checkpoint.pth").unlink()
+    limit = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2); runpy.run_path('cremad_custom2.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", limit], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "is the disk full?" in done.stderr and "best_model.pth" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_not_a_number_stops_with_a_sentence(mels, tmp_path):
