@@ -661,10 +661,8 @@ def main():
         args.max_width = args.max_width or checkpoint["max_width"]
         paths = find_files(args.input_dir)
         if not paths:
-            what = "holds no .wav or .flac file, nor does any folder below it"
-            sys.exit(
-                f"{args.input_dir} {what if args.input_dir.is_dir() else 'is neither a folder nor a .wav or .flac file'}."
-            )
+            empty = "holds no .wav or .flac file, nor does any folder below it."
+            sys.exit(f"{args.input_dir} {empty if args.input_dir.is_dir() else 'is neither a folder nor a sound file.'}")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {len(paths):,} files.")
         cut = classify_all(args, paths, model, checkpoint, device, artists)

@@ -155,9 +155,9 @@ def test_every_bad_file_is_told_apart(tmp_path):
     (tmp_path / "z").mkdir()
     (tmp_path / "1001_A_ANG_folder.wav").mkdir()
     soundfile.write(tmp_path / "z" / "1001_A_ANG_good.wav", tone, 16000)
-    text = generate(tmp_path, tmp_path / "out", "--no_augment")
     no_utf8 = os.fsdecode(b"J\xfcrgen_A_ANG_1")
     shutil.copy(tmp_path / "1001_A_ANG_good.wav", tmp_path / f"{no_utf8}.wav")
+    text = generate(tmp_path, tmp_path / "out", "--no_augment")
     words |= {"hello.wav": "no emotion", "1001_A_XYZ_1.wav": "no emotion", f"1001_A_ANG_{'n' * 235}.wav": "name too long", "z/1001_A_ANG_good.wav": "same stem as another file: 1001_A_ANG_good.wav"}
     found = skipped(tmp_path / "out")
     assert found.keys() == words.keys()
