@@ -321,6 +321,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x, lengths):
         """(B, C, T, M), zero past each clip's frames, to the same, strided; and the lengths, strided."""
         # A fixed divisor: a clip's last, half-empty window means the same with and without padding.
+        # Pooled, not strided: PyTorch 2.13's strided 1 x 1 convolution of one channel in bfloat16 crashes on some CPUs.
         pooled = F.avg_pool2d(x, self.stride, ceil_mode=True, divisor_override=math.prod(self.stride))
         h = F.relu(self.norm1(self.conv1(x)))
         lengths = (lengths + self.stride[0] - 1).div(self.stride[0], rounding_mode="floor")
@@ -686,11 +687,8 @@ def keep_previous(output_dir):
             print(f"An earlier training's {path.name} is kept as {kept}.")
 
 
-def load_checkpoint(path, device):
-    """The model of best_model.pth in evaluation mode, and the rest of the file; nothing in it is executed.
-
-    Ends the program with a sentence if the file is not a usable checkpoint of cremad_custom2.py.
-    """
+def read_checkpoint(path, device):
+    """The dict of best_model.pth; nothing in the file is executed. Ends the program if it is no such file."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
@@ -700,17 +698,8 @@ def load_checkpoint(path, device):
             f"{path} is damaged, or no checkpoint that can be read safely ({type(error).__name__}): "
             "take the best_model.pth that cremad_custom2.py wrote."
         )
-    needed = (
-        "format_version",
-        "model_state_dict",
-        "model_config",
-        "mel_config",
-        "normalization",
-        "max_width",
-        "classes",
-        "temperature",
-    )
-    missing = [key for key in needed if key not in checkpoint] if isinstance(checkpoint, dict) else ["a dict"]
+    needed = "format_version model_state_dict model_config mel_config normalization max_width classes temperature"
+    missing = [key for key in needed.split() if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         sys.exit(f"{path} is no checkpoint of cremad_custom2.py: it lacks {', '.join(missing)}.")
     if checkpoint["format_version"] != FORMAT_VERSION:
@@ -718,6 +707,12 @@ def load_checkpoint(path, device):
             f"{path} has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}: "
             "use the scripts of one release together."
         )
+    return checkpoint
+
+
+def load_checkpoint(path, device):
+    """The model of best_model.pth in evaluation mode, and the file's dict; ends the program if it is unusable."""
+    checkpoint = read_checkpoint(path, device)
     try:
         model = EmotionClassifier(**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -730,10 +725,7 @@ def load_checkpoint(path, device):
             "take a best_model.pth as cremad_custom2.py wrote it."
         )
     if not all(torch.isfinite(value).all() for value in [mean, std, *model.state_dict().values()]):
-        sys.exit(
-            f"{path} holds weights that are NaN or infinite: its training failed; "
-            "train again with a lower LEARNING_RATE."
-        )
+        sys.exit(f"{path} holds weights that are NaN or infinite: train again with a lower LEARNING_RATE.")
     return model.to(device).eval(), checkpoint
 
 

@@ -127,11 +127,8 @@ def log_mel(samples, sample_rate, n_fft, hop_length, n_mels, fmin, fmax):
     return 10.0 * np.log10(np.maximum(mel, 1e-10))
 
 
-def load_checkpoint(path, device):
-    """The model of best_model.pth in evaluation mode, and the rest of the file; nothing in it is executed.
-
-    Ends the program with a sentence if the file is not a usable checkpoint of cremad_custom2.py.
-    """
+def read_checkpoint(path, device):
+    """The dict of best_model.pth; nothing in the file is executed. Ends the program if it is no such file."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
@@ -141,17 +138,8 @@ def load_checkpoint(path, device):
             f"{path} is damaged, or no checkpoint that can be read safely ({type(error).__name__}): "
             "take the best_model.pth that cremad_custom2.py wrote."
         )
-    needed = (
-        "format_version",
-        "model_state_dict",
-        "model_config",
-        "mel_config",
-        "normalization",
-        "max_width",
-        "classes",
-        "temperature",
-    )
-    missing = [key for key in needed if key not in checkpoint] if isinstance(checkpoint, dict) else ["a dict"]
+    needed = "format_version model_state_dict model_config mel_config normalization max_width classes temperature"
+    missing = [key for key in needed.split() if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         sys.exit(f"{path} is no checkpoint of cremad_custom2.py: it lacks {', '.join(missing)}.")
     if checkpoint["format_version"] != FORMAT_VERSION:
@@ -159,6 +147,12 @@ def load_checkpoint(path, device):
             f"{path} has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}: "
             "use the scripts of one release together."
         )
+    return checkpoint
+
+
+def load_checkpoint(path, device):
+    """The model of best_model.pth in evaluation mode, and the file's dict; ends the program if it is unusable."""
+    checkpoint = read_checkpoint(path, device)
     try:
         model = EmotionClassifier(**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -171,10 +165,7 @@ def load_checkpoint(path, device):
             "take a best_model.pth as cremad_custom2.py wrote it."
         )
     if not all(torch.isfinite(value).all() for value in [mean, std, *model.state_dict().values()]):
-        sys.exit(
-            f"{path} holds weights that are NaN or infinite: its training failed; "
-            "train again with a lower LEARNING_RATE."
-        )
+        sys.exit(f"{path} holds weights that are NaN or infinite: train again with a lower LEARNING_RATE.")
     return model.to(device).eval(), checkpoint
 
 
@@ -256,6 +247,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x, lengths):
         """(B, C, T, M), zero past each clip's frames, to the same, strided; and the lengths, strided."""
         # A fixed divisor: a clip's last, half-empty window means the same with and without padding.
+        # Pooled, not strided: PyTorch 2.13's strided 1 x 1 convolution of one channel in bfloat16 crashes on some CPUs.
         pooled = F.avg_pool2d(x, self.stride, ceil_mode=True, divisor_override=math.prod(self.stride))
         h = F.relu(self.norm1(self.conv1(x)))
         lengths = (lengths + self.stride[0] - 1).div(self.stride[0], rounding_mode="floor")
@@ -662,7 +654,7 @@ def main():
         paths = find_files(args.input_dir)
         if not paths:
             empty = "holds no .wav or .flac file, nor does any folder below it."
-            sys.exit(f"{args.input_dir} {empty if args.input_dir.is_dir() else 'is neither a folder nor a sound file.'}")
+            sys.exit(f"{args.input_dir} {empty if args.input_dir.is_dir() else 'is no folder, and no sound file.'}")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {len(paths):,} files.")
         cut = classify_all(args, paths, model, checkpoint, device, artists)

@@ -383,34 +383,25 @@ def parse_args():
     parser.add_argument("--fmin", type=float, default=0.0, help="Hz, lower edge of the lowest band (default 0)")
     parser.add_argument("--fmax", type=float, default=8000.0, help="Hz, upper edge of the highest band (default 8000)")
     args = parser.parse_args()
-    wrong = [
-        text
-        for bad, text in [
-            (
-                not 0 <= args.n_augmentations <= len(VARIANTS),
-                f"--n_augmentations is {args.n_augmentations}: take 0 to {len(VARIANTS)}",
-            ),
-            (args.workers < 1, f"--workers is {args.workers}: take at least 1"),
-            (args.sample_rate < 1000, f"--sample_rate is {args.sample_rate}: take at least 1000 Hz"),
-            (args.n_fft < 16, f"--n_fft is {args.n_fft}: take at least 16 samples"),
-            (
-                not 1 <= args.hop_length <= args.n_fft,
-                f"--hop_length is {args.hop_length}: take 1 to --n_fft, {args.n_fft}",
-            ),
-            (
-                not 1 <= args.n_mels <= args.n_fft // 2,
-                f"--n_mels is {args.n_mels}: take 1 to half of --n_fft, {args.n_fft // 2}",
-            ),
-            (
-                not 0 <= args.fmin < args.fmax <= args.sample_rate / 2,
-                f"--fmin {args.fmin:g} and --fmax {args.fmax:g}: take 0 <= fmin < fmax <= half of --sample_rate",
-            ),
-        ]
-        if bad
-    ]
-    if wrong:
+    if wrong := wrong_values(args):
         parser.error("; ".join(wrong))
     return args
+
+
+def wrong_values(args):
+    """A sentence for each option whose value makes no sense."""
+    half = args.sample_rate / 2
+    checks = [
+        ("n_augmentations", 0 <= args.n_augmentations <= len(VARIANTS), f"0 to {len(VARIANTS)}"),
+        ("workers", args.workers >= 1, "at least 1"),
+        ("sample_rate", args.sample_rate >= 1000, "at least 1000 Hz"),
+        ("n_fft", args.n_fft >= 16, "at least 16 samples"),
+        ("hop_length", 1 <= args.hop_length <= args.n_fft, f"1 to --n_fft, {args.n_fft}"),
+        ("n_mels", 1 <= args.n_mels <= args.n_fft // 2, f"1 to half of --n_fft, {args.n_fft // 2}"),
+        ("fmin", 0 <= args.fmin < args.fmax, f"0 to less than --fmax, {args.fmax:g} Hz"),
+        ("fmax", args.fmax <= half, f"at most half of --sample_rate, {half:g} Hz"),
+    ]
+    return [f"--{name} is {getattr(args, name)}: take {words}" for name, good, words in checks if not good]
 
 
 def main():

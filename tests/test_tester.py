@@ -150,7 +150,7 @@ def test_strangers_checkpoints(corpus, trained, tmp_path, make, word):
 def test_wrong_arguments_and_folders(corpus, trained, tmp_path):
     model = trained / "best_model.pth"
     assert "--batch_size" in classify(corpus, model, tmp_path / "out", "--batch_size", 0, code=2)
-    assert "neither a folder" in classify(tmp_path / "absent", model, tmp_path / "out", code=1)
+    assert "is no folder, and no sound file" in classify(tmp_path / "absent", model, tmp_path / "out", code=1)
     (tmp_path / "empty").mkdir()
     assert "holds no .wav or .flac" in classify(tmp_path / "empty", model, tmp_path / "out", code=1)
     bad_files(tmp_path / "empty")
