@@ -141,7 +141,7 @@ def read_checkpoint(path, device):
     needed = "format_version model_state_dict model_config mel_config normalization max_width classes temperature"
     missing = [key for key in needed.split() if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
-        sys.exit(f"{path} is no checkpoint of cremad_custom2.py: it lacks {', '.join(missing)}.")
+        sys.exit(f"{path} is no best_model.pth of cremad_custom2.py: it lacks {', '.join(missing)}.")
     if checkpoint["format_version"] != FORMAT_VERSION:
         sys.exit(
             f"{path} has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}: "

@@ -135,7 +135,7 @@ class Bomb:
 @pytest.mark.parametrize("make, word", [
     (lambda p: p.write_text("hello"), "is damaged, or no checkpoint"), (lambda p: p.write_bytes(p.read_bytes()[:5000]), "is damaged, or no checkpoint"), (lambda p: p.write_bytes(b""), "is damaged, or no checkpoint"),
     (lambda p: p.write_bytes(pickle.dumps(Bomb())), "is damaged, or no checkpoint"), (lambda p: torch.save(Bomb(), p), "is damaged, or no checkpoint"), (lambda p: p.unlink(), "No such file"),
-    (lambda p: torch.save({"weight": torch.ones(2)}, p), "it lacks format_version"), (lambda p: torch.save([1], p), "is no checkpoint"),
+    (lambda p: torch.save({"weight": torch.ones(2)}, p), "it lacks format_version"), (lambda p: torch.save([1], p), "is no best_model.pth"),
     (lambda p: damaged(p, "lacks"), "lacks mel_config"), (lambda p: damaged(p, "newer"), "format version 99"), (lambda p: damaged(p, "NaN"), "NaN or infinite"),
     (lambda p: damaged(p, "size"), "contradicts itself"), (lambda p: damaged(p, "bands"), "number of mel bands"), (lambda p: damaged(p, "keys"), "contradicts itself"),
 ])  # fmt: skip
