@@ -59,7 +59,7 @@ def test_shift_is_by_a_tenth_with_silence():
 @pytest.mark.parametrize("variant", gen.VARIANTS)
 def test_augmentation_is_librosas(voice, variant):
     kind, amount = gen.VARIANTS[variant]
-    ours = gen.augment(voice, variant, 16000, np.random.default_rng(1))
+    ours = gen.augment(voice, variant, 1, "stem")
     if kind == "noise":
         added = ours - voice
         assert abs(added.std() / amount - 1) < 0.05 and abs(added.mean()) < amount / 20
@@ -77,8 +77,8 @@ def test_augmentation_is_librosas(voice, variant):
 def test_pitch_moves_by_two_semitones_and_stretch_changes_length_alone():
     tone = np.sin(2 * np.pi * 500 * np.arange(32000) / 16000).astype(np.float32)
     peak = lambda y: np.abs(np.fft.rfft(y * np.hanning(len(y)))).argmax() * 16000 / len(y)  # noqa: E731
-    assert peak(gen.shift_pitch(tone, 2, 16000)) == pytest.approx(500 * 2 ** (2 / 12), rel=0.01)
-    assert peak(gen.shift_pitch(tone, -2, 16000)) == pytest.approx(500 * 2 ** (-2 / 12), rel=0.01)
+    assert peak(gen.shift_pitch(tone, 2)) == pytest.approx(500 * 2 ** (2 / 12), rel=0.01)
+    assert peak(gen.shift_pitch(tone, -2)) == pytest.approx(500 * 2 ** (-2 / 12), rel=0.01)
     fast, slow = gen.stretch(tone, 1.2), gen.stretch(tone, 0.8)
     assert (len(fast), len(slow)) == (round(32000 / 1.2), 40000)
     assert peak(fast) == pytest.approx(500, rel=0.01) and peak(slow) == pytest.approx(500, rel=0.01)
