@@ -1,14 +1,13 @@
 """What the tests share: the real command lines at toy size, on a corpus made on the spot."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from editing import ROOT, edited_trainer
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TOY = {"CHANNELS": (8, 8, 16, 16), "HIDDEN": 32, "HEADS": 4, "BATCH_SIZE": 16, "EPOCHS": 2, "LEARNING_RATE": 1e-3}
 
@@ -27,14 +26,9 @@ def generate(input_dir, output_dir, *options, code=0):
 
 
 def train(folder, mel_dir, code=0, toy=TOY, **constants):
-    """Edits the constants of a copy of the trainer, as people do, and runs it; results in folder/output."""
-    text = (ROOT / "cremad_custom2.py").read_text()
-    for name, value in (toy | {"MEL_DIR": str(mel_dir), "OUTPUT_DIR": str(folder / "output")} | constants).items():
-        text, n = re.subn(rf"^{name} = .*", lambda _: f"{name} = {value!r}", text, flags=re.M)  # noqa: B023
-        assert n == 1, f"{name} stands {n} times at the left margin"
-    folder.mkdir(exist_ok=True)
-    (folder / "cremad_custom2.py").write_text(text)
-    return run(folder / "cremad_custom2.py", code=code)
+    """Runs the trainer with other constants; results in folder/output."""
+    paths = {"MEL_DIR": str(mel_dir), "OUTPUT_DIR": str(folder / "output")}
+    return run(edited_trainer(folder, **toy | paths | constants), code=code)
 
 
 def classify(input_dir, model, output_dir, *options, code=0):
