@@ -52,7 +52,7 @@ MAX_WIDTH = 191  # frames; longer clips are cut (191 frames of hop 512 at 16 kHz
 WEIGHTED_SAMPLING = True  # draw every emotion as often; False: each clip once
 # model
 CHANNELS = (32, 64, 128, 256)  # of the four residual blocks
-STRIDES = ((2, 2), (2, 2), (1, 2), (1, 2))  # (time, mel bands) of the four blocks
+STRIDES = ((2, 2), (2, 2), (1, 2), (1, 4))  # (time, mel bands) of the four blocks
 HIDDEN = 512  # LSTM units in each direction
 HEADS = 8  # of the self-attention
 DROPOUT = 0.3
@@ -65,6 +65,8 @@ WEIGHT_DECAY = 0.01
 LABEL_SMOOTHING = 0.1  # 0 = off
 TIME_MASK = 16  # frames hidden in each training clip, at most; 0 = off
 MEL_MASK = 16  # mel bands hidden, at most; 0 = off
+MIXUP = 0.3  # mixes pairs of training clips, shares drawn from Beta(MIXUP, MIXUP); 0 = off
+AVERAGING = 0.997  # decay a step of the averaged weights, which are what is validated and saved; 0 = off
 GRADIENT_CLIP = 1.0  # norm
 LR_FACTOR = 0.5  # of ReduceLROnPlateau
 LR_PATIENCE = 2  # epochs without a better validation accuracy before the rate falls
@@ -103,7 +105,8 @@ def check_constants():
         ("WARMUP_EPOCHS TIME_MASK MEL_MASK LR_PATIENCE SEED", lambda v: whole(v, 0), "a whole number, at least 0"),
         ("BATCH_SIZE", lambda v: whole(v, 2), "a whole number, at least 2: batch norm cannot train on one clip"),
         ("DROPOUT LABEL_SMOOTHING", lambda v: real(v, 0, 0.99), "a number from 0 to 0.99"),
-        ("WEIGHT_DECAY", lambda v: real(v, 0, 10), "a number from 0 to 10"),
+        ("AVERAGING", lambda v: real(v, 0, 0.99999), "a number from 0 to 0.99999"),
+        ("WEIGHT_DECAY MIXUP", lambda v: real(v, 0, 10), "a number from 0 to 10"),
         ("LEARNING_RATE GRADIENT_CLIP", lambda v: real(v, 1e-12, math.inf), "a number over 0"),
         ("LR_FACTOR", lambda v: real(v, 1e-12, 0.99), "a number between 0 and 1"),
         ("AMP", lambda v: v in ("auto", "off"), '"auto" or "off"'),
@@ -408,6 +411,22 @@ def hide_parts(x, lengths):
     return x
 
 
+def mix_clips(x, lengths, target):
+    """Mixes each clip and its target with another's of the batch (Zhang et al., "mixup", arXiv:1710.09412)."""
+    share = torch.distributions.Beta(MIXUP, MIXUP).sample().item()
+    other = torch.randperm(len(x))
+    mixed = (share * part + (1 - share) * part[other.to(part.device)] for part in (x, target))
+    return next(mixed), lengths.maximum(lengths[other]), next(mixed)
+
+
+@torch.no_grad()
+def average_weights(average, weights, n):
+    """One step of the moving average of the weights; its first steps forget faster, to lose the random start."""
+    decay = min(AVERAGING, (1 + float(n)) / (10 + float(n)))
+    for mean, value in zip(average, weights, strict=True):
+        mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
+
+
 def train_epoch(run, epoch):
     """One pass over the training draw; returns mean loss and accuracy. Ends the program if the loss is no number."""
     torch.manual_seed(SEED * 100_003 + epoch)  # an epoch depends on its number alone: resuming repeats it
@@ -418,9 +437,12 @@ def train_epoch(run, epoch):
         if epoch <= WARMUP_EPOCHS:
             run.optimizer.param_groups[0]["lr"] = LEARNING_RATE * (epoch - 1 + step / len(batches)) / WARMUP_EPOCHS
         x, lengths, label = run.data.batch(index, run.device)
+        x, target = hide_parts(x, lengths), F.one_hot(label, len(EMOTIONS)).float()
+        if MIXUP:
+            x, lengths, target = mix_clips(x, lengths, target)
         with torch.autocast(run.device.type, run.amp, enabled=run.amp is not None):
-            logits = run.model(hide_parts(x, lengths), lengths)
-        loss = F.cross_entropy(logits.float(), label, label_smoothing=LABEL_SMOOTHING)
+            logits = run.model(x, lengths)
+        loss = F.cross_entropy(logits.float(), target, label_smoothing=LABEL_SMOOTHING)
         run.scaler.scale(loss).backward()
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), GRADIENT_CLIP)
@@ -428,7 +450,8 @@ def train_epoch(run, epoch):
         run.scaler.update()
         run.optimizer.zero_grad()
         total += loss.detach()  # no .item() here: it would wait for the GPU at every batch
-        right += (logits.argmax(1) == label).sum()
+        right += (logits.argmax(1) == target.argmax(1)).sum()
+        run.average.update_parameters(run.model)
     if not math.isfinite(total):
         sys.exit(
             f"The training loss is {float(total)} in epoch {epoch}: lower LEARNING_RATE ({LEARNING_RATE:g}), or set "
@@ -439,7 +462,7 @@ def train_epoch(run, epoch):
 
 def validate(run, epoch, loss, accuracy, seconds):
     """The history's row for an epoch that took `seconds` to train, and the validation logits and labels."""
-    logits, label = run.logits("val", run.model)
+    logits, label = run.logits("val", run.average.module)
     row = {
         "epoch": epoch,
         "train_loss": loss,
@@ -602,6 +625,7 @@ class Run:
         }  # fmt: skip
         torch.manual_seed(SEED)
         self.model = EmotionClassifier(**self.model_config).to(device, memory_format=torch.channels_last)
+        self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average_weights, use_buffers=True)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -610,7 +634,8 @@ class Run:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.parts = {
-            "model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler
+            "model": self.model, "average": self.average, "optimizer": self.optimizer,
+            "scheduler": self.scheduler, "scaler": self.scaler
         }  # fmt: skip
         self.history, self.best_epoch, self.best_accuracy = [], 0, -1.0
 
@@ -632,7 +657,7 @@ class Run:
         """Writes best_model.pth: plain Python values beside the tensors, so that weights_only=True takes them."""
         checkpoint = {
             "format_version": FORMAT_VERSION,
-            "model_state_dict": {name: value.cpu() for name, value in self.model.state_dict().items()},
+            "model_state_dict": {name: value.cpu() for name, value in self.average.module.state_dict().items()},
             "model_config": self.model_config,
             "mel_config": self.mel_config,
             "normalization": self.normalization,

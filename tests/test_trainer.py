@@ -127,7 +127,7 @@ def test_padding_changes_no_logit(frames):
 
 
 def test_order_of_frames_matters():
-    model, clip = toy_model(), torch.randn(1, 80, 128)
+    model, clip = toy_model(), 10 * torch.randn(1, 80, 128)
     shuffled = clip[:, torch.randperm(80)]
     assert (model(clip, torch.tensor([80])) - model(shuffled, torch.tensor([80]))).abs().max() > 1e-3
 
@@ -181,6 +181,7 @@ def stubbed(constants, monkeypatch, tmp_path):
         monkeypatch.setattr(trainer, "train_epoch", lambda *_: (1.0, 0.5))
         run = trainer.Run.__new__(trainer.Run)
         run.model = nn.Linear(2, 2)
+        run.average = torch.optim.swa_utils.AveragedModel(run.model)
         run.optimizer = torch.optim.AdamW(run.model.parameters(), trainer.LEARNING_RATE)
         run.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer, "max", factor=trainer.LR_FACTOR, patience=trainer.LR_PATIENCE)
         run.parts, run.output_dir, run.sides = {"optimizer": run.optimizer}, tmp_path, {"train": range(100)}
@@ -209,6 +210,33 @@ def test_early_stopping_and_best_model(stubbed, tmp_path):
 def test_plateau_lowers_the_learning_rate(stubbed):
     run = stubbed([0.5, 0.4, 0.4, 0.4, 0.4])
     assert [row["learning_rate"] for row in run.history] == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
+
+
+def test_mixup_mixes_clips_lengths_and_targets_alike(constants):
+    constants(MIXUP=0.3)
+    torch.manual_seed(0)
+    lengths, target = torch.tensor([5, 7, 9]), torch.eye(3)
+    x = torch.eye(3)[:, None, :].expand(3, 9, 3).clone()  # each clip says which it is
+    mixed, longer, soft = trainer.mix_clips(x, lengths, target)
+    assert torch.equal(mixed[:, 0], soft) and torch.allclose(soft.sum(1), torch.ones(3))
+    assert (soft.diagonal() < 1).any(), "nothing was mixed"
+    for row, length in zip(soft, longer, strict=True):
+        assert length == max(lengths[row > 0])
+
+
+def test_averaged_weights_are_a_moving_average(constants):
+    constants(AVERAGING=0.5)
+    model = nn.BatchNorm1d(1)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=trainer.average_weights, use_buffers=True)
+    expected = None
+    for step, value in enumerate((1.0, 2.0, 5.0, 3.0, 7.0, 8.0, 9.0, 4.0, 6.0, 5.0, 2.0, 1.0)):
+        with torch.no_grad():
+            model.weight.fill_(value)
+            model.running_mean.fill_(10 * value)
+        average.update_parameters(model)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = value if step == 0 else decay * expected + (1 - decay) * value
+        assert average.module.weight.item() == pytest.approx(expected) and average.module.running_mean.item() == pytest.approx(10 * expected)
 
 
 def history(folder):
