@@ -277,6 +277,29 @@ class ResidualBlock(nn.Module):
         return F.relu(h + self.norm_shortcut(self.shortcut(pooled))) * mask, lengths
 
 
+class BidirectionalLSTM(nn.Module):
+    """Two LSTM layers over time, both ways along each clip's own steps, as nn.LSTM(bidirectional=True) on packed clips.
+
+    Clips turned about within their padding instead of packed: on a CPU in float32, half the time.
+    """
+
+    def __init__(self, n_in, hidden, dropout):
+        super().__init__()
+        self.onward = nn.ModuleList(nn.LSTM(n, hidden, batch_first=True) for n in (n_in, 2 * hidden))
+        self.back = nn.ModuleList(nn.LSTM(n, hidden, batch_first=True) for n in (n_in, 2 * hidden))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, steps):
+        """(B, T, C) and each clip's own steps (B,) to (B, T, 2 * hidden); what stands past those steps is undefined."""
+        step, last = torch.arange(x.shape[1], device=x.device), steps[:, None] - 1
+        turned = torch.where(step <= last, last - step, step)[:, :, None]  # (B, T, 1)
+        for layer in (0, 1):
+            x = self.dropout(x)
+            back, _ = self.back[layer](x.gather(1, turned.expand_as(x)))
+            x = torch.cat([self.onward[layer](x)[0], back.gather(1, turned.expand_as(back))], 2)
+        return x
+
+
 class EmotionClassifier(nn.Module):
     """Four residual CNN blocks, bidirectional LSTM over time, self-attention, three fully connected layers.
 
@@ -289,26 +312,21 @@ class EmotionClassifier(nn.Module):
         bands = n_mels
         for _, stride in strides:
             bands = -(-bands // stride)
-        self.lstm = nn.LSTM(channels[-1] * bands, hidden, 2, batch_first=True, bidirectional=True, dropout=dropout)
+        self.lstm = BidirectionalLSTM(channels[-1] * bands, hidden, dropout)
         self.attention = nn.MultiheadAttention(2 * hidden, heads, dropout=dropout, batch_first=True)
         self.norm = nn.LayerNorm(2 * hidden)
-        self.dropout = nn.Dropout(dropout)
         self.head = nn.Sequential(
             nn.Linear(2 * hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(hidden, hidden // 2), nn.BatchNorm1d(hidden // 2), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(hidden // 2, n_classes))  # fmt: skip
 
     def forward(self, x, lengths):
-        """Normalised log-mel (B, T, M), zero past each clip's frames, and CPU lengths (B,), to logits (B, classes)."""
+        """Normalised log-mel (B, T, M), zero past each clip's frames, and lengths (B,), to logits (B, classes)."""
         x, steps = x.unsqueeze(1), lengths.to(x.device)  # (B, 1, T, M)
         x = x.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             x, steps = block(x, steps)
-        x = self.dropout(x.permute(0, 2, 3, 1).flatten(2))  # (B, T, M * C)
-        for block in self.blocks:
-            lengths = (lengths + block.stride[0] - 1).div(block.stride[0], rounding_mode="floor")
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        x, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)  # (B, T, 2 * hidden)
+        x = self.lstm(x.permute(0, 2, 3, 1).flatten(2), steps)  # (B, T, M * C) to (B, T, 2 * hidden)
         mask = inside(steps, x.shape[1])
         attended, _ = self.attention(x, x, x, key_padding_mask=~mask, need_weights=False)
         x = self.norm(x + attended) * mask[:, :, None]

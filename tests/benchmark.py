@@ -7,7 +7,7 @@
 PLAIN is a folder with generate.py, train.py and classify.py, the same steps written with no thought
 for speed; without it, ours alone are measured. Ours and the plain way take turns, and a ratio is of
 neighbours in time: a machine's speed drifts. Prints a table, and writes it with every single figure
-to --output. All groups take about 40 minutes on 2 cores; nothing else should run beside them.
+to --output. All groups take about half an hour on 2 cores; nothing else should run beside them.
 """
 
 import argparse
@@ -187,14 +187,14 @@ class Bench:
 
     def trainer(self):
         mels, model = self.mels(500), self.model()
-        loop = ("-c", PLAIN_LOOP, self.args.against, ROOT, model, "train.py", mels)
+        loop = ("-c", PLAIN_LOOP, self.args.against, ROOT, model, "train.py", mels, "--batches", 4)
         measures = {
             "ours": lambda: self.train(mels)[0],
             "ours, float32": lambda: self.train(mels, AMP="off")[0],
         }
         if self.args.against:
             measures["plain loop"] = lambda: printed_rate(run(*loop)[1])
-            measures["plain"] = lambda: printed_rate(self.plain("train.py", mels)[1])
+            measures["plain"] = lambda: printed_rate(self.plain("train.py", mels, "--batches", 4)[1])
         rounds = [{name: measure() for name, measure in measures.items()} for _ in range(self.args.rounds)]
         for ours, words in (("ours", ""), ("ours, float32", ', AMP = "off"')):
             for plain, against in (("plain loop", "same model in the plain loop"), ("plain", "the plain trainer")):
@@ -207,9 +207,9 @@ class Bench:
             return (n - 1) / (self.classify(n, *options) - start_up)
 
         pairs = self.in_turn(
-            lambda: rate(2000), lambda: printed_rate(self.plain("classify.py", self.wavs(2000), self.fresh())[1])
+            lambda: rate(2000), lambda: printed_rate(self.plain("classify.py", self.wavs(300), self.fresh())[1])
         )
-        self.add("tester, 2,000 clips, start-up taken off", "clips/s", *pairs)
+        self.add("tester, 2,000 clips (plain: 300), start-up taken off", "clips/s", *pairs)
         pictures = self.fresh()
         pictures.mkdir()
         command = ("-c", PLAIN_PICTURES, ROOT, self.wavs(300), pictures)

@@ -135,11 +135,22 @@ def test_order_of_frames_matters():
 def test_architecture_as_documented():
     model = trainer.EmotionClassifier(128, 6, trainer.CHANNELS, trainer.STRIDES, trainer.HIDDEN, trainer.HEADS, trainer.DROPOUT)
     assert len(model.blocks) == 4 and all(isinstance(b.norm1, nn.BatchNorm2d) for b in model.blocks)
-    assert (model.lstm.hidden_size, model.lstm.num_layers, model.lstm.bidirectional) == (512, 2, True)
+    assert [lstm.hidden_size for way in (model.lstm.onward, model.lstm.back) for lstm in way] == [512] * 4
     assert isinstance(model.attention, nn.MultiheadAttention)
     kinds = [type(layer) for layer in model.head]
     assert (kinds.count(nn.Linear), kinds.count(nn.BatchNorm1d)) == (3, 2)
     assert sum(p.numel() for p in model.parameters()) * 4 < 100e6
+
+
+def test_lstm_is_pytorchs_on_packed_clips():
+    ours, theirs = trainer.BidirectionalLSTM(12, 8, 0.0), nn.LSTM(12, 8, 2, batch_first=True, bidirectional=True)
+    for layer in (0, 1):
+        for way, suffix in ((ours.onward, ""), (ours.back, "_reverse")):
+            way[layer].load_state_dict({f"{name}_l0": getattr(theirs, f"{name}_l{layer}{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")})
+    x, steps = torch.randn(3, 9, 12), torch.tensor([9, 4, 1])
+    packed, _ = theirs(nn.utils.rnn.pack_padded_sequence(x, steps, batch_first=True))
+    packed, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
+    assert ((ours(x, steps) - packed) * trainer.inside(steps, 9)[:, :, None]).abs().max() < 1e-5
 
 
 def test_logits_do_not_depend_on_batch_size_or_order():
