@@ -69,7 +69,7 @@ MIXUP = 0.3  # mixes pairs of training clips, shares drawn from Beta(MIXUP, MIXU
 AVERAGING = 0.997  # decay a step of the averaged weights, which are what is validated and saved; 0 = off
 GRADIENT_CLIP = 1.0  # norm
 LR_FACTOR = 0.5  # of ReduceLROnPlateau
-LR_PATIENCE = 2  # epochs without a better validation accuracy before the rate falls
+LR_PATIENCE = 1  # epochs without a better validation accuracy before the rate falls
 PATIENCE = 8  # epochs without a better validation accuracy before training stops
 # system
 SEED = 42
@@ -291,9 +291,9 @@ class Spectrograms:
         return self.frames[self.start[i] : self.start[i] + self.length[i]]
 
     def batch(self, index, device):
-        """Clips padded with zeros to the longest: (clips, frames, mel bands), lengths on the CPU, labels."""
+        """Clips padded with zeros to the longest, to a multiple of 8: (clips, frames, mel bands), lengths on the CPU, labels."""
         length = self.length[index]
-        step = torch.arange(int(length.max()))
+        step = torch.arange(-(-int(length.max()) // 8) * 8)  # few different widths: oneDNN keeps memory for each
         at = self.start[index, None] + step.minimum(length[:, None] - 1)
         x = self.frames[at.to(self.frames.device)].to(device)
         return x * (step < length[:, None]).to(device)[:, :, None], length, self.label[index].to(device)
@@ -398,7 +398,9 @@ def logits_of(model, spectrograms, batch_size, device):
         for at in range(0, len(order), batch_size):
             batch = [spectrograms[i] for i in order[at : at + batch_size]]
             lengths = torch.tensor([len(mel) for mel in batch])
-            rows.append(model(nn.utils.rnn.pad_sequence(batch, batch_first=True).to(device), lengths).cpu())
+            x = nn.utils.rnn.pad_sequence(batch, batch_first=True)
+            x = F.pad(x, (0, 0, 0, -x.shape[1] % 8))  # few different widths: oneDNN keeps memory for each
+            rows.append(model(x.to(device), lengths).cpu())
     return torch.cat(rows)[torch.tensor(order).argsort()]
 
 

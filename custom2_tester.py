@@ -342,7 +342,9 @@ def logits_of(model, spectrograms, batch_size, device):
         for at in range(0, len(order), batch_size):
             batch = [spectrograms[i] for i in order[at : at + batch_size]]
             lengths = torch.tensor([len(mel) for mel in batch])
-            rows.append(model(nn.utils.rnn.pad_sequence(batch, batch_first=True).to(device), lengths).cpu())
+            x = nn.utils.rnn.pad_sequence(batch, batch_first=True)
+            x = F.pad(x, (0, 0, 0, -x.shape[1] % 8))  # few different widths: oneDNN keeps memory for each
+            rows.append(model(x.to(device), lengths).cpu())
     return torch.cat(rows)[torch.tensor(order).argsort()]
 
 
