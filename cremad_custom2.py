@@ -367,6 +367,24 @@ class BidirectionalLSTM(nn.Module):
         return x
 
 
+class AttentivePooling(nn.Module):
+    """Mean and spread over time, weighted by a learnt score of each step.
+
+    Source: Okabe et al., "Attentive Statistics Pooling", arXiv:1803.10963.
+    """
+
+    def __init__(self, n):
+        super().__init__()
+        self.score = nn.Sequential(nn.Linear(n, 128), nn.Tanh(), nn.Linear(128, 1))
+
+    def forward(self, x, mask):
+        """(B, T, n) and True at each clip's own steps (B, T) to (B, 2 * n)."""
+        weight = self.score(x).float().masked_fill(~mask[:, :, None], -torch.inf).softmax(1)  # (B, T, 1)
+        mean = (weight * x).sum(1)
+        variance = (weight * (x - mean[:, None]).square()).sum(1)
+        return torch.cat([mean, (variance + 1e-4).sqrt()], 1)
+
+
 class EmotionClassifier(nn.Module):
     """Four residual CNN blocks, bidirectional LSTM over time, self-attention, three fully connected layers.
 
@@ -382,8 +400,9 @@ class EmotionClassifier(nn.Module):
         self.lstm = BidirectionalLSTM(channels[-1] * bands, hidden, dropout)
         self.attention = nn.MultiheadAttention(2 * hidden, heads, dropout=dropout, batch_first=True)
         self.norm = nn.LayerNorm(2 * hidden)
+        self.pooling = AttentivePooling(2 * hidden)
         self.head = nn.Sequential(
-            nn.Linear(2 * hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(4 * hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(hidden, hidden // 2), nn.BatchNorm1d(hidden // 2), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(hidden // 2, n_classes))  # fmt: skip
 
@@ -396,8 +415,7 @@ class EmotionClassifier(nn.Module):
         x = self.lstm(x.permute(0, 2, 3, 1).flatten(2), steps)  # (B, T, M * C) to (B, T, 2 * hidden)
         mask = inside(steps, x.shape[1])
         attended, _ = self.attention(x, x, x, key_padding_mask=~mask, need_weights=False)
-        x = self.norm(x + attended) * mask[:, :, None]
-        return self.head(x.sum(1) / steps[:, None])
+        return self.head(self.pooling(self.norm(x + attended).float(), mask))
 
 
 def logits_of(model, spectrograms, batch_size, device):
