@@ -302,7 +302,7 @@ class Spectrograms:
         return self.frames[self.start[i] : self.start[i] + self.length[i]]
 
     def batch(self, index, device):
-        """Clips padded with zeros to the longest, to a multiple of 8: (clips, frames, mel bands), lengths on the CPU, labels."""
+        """Clips padded with zeros to a multiple of 8: (clips, frames, mel bands), lengths on the CPU, labels."""
         length = self.length[index]
         step = torch.arange(-(-int(length.max()) // 8) * 8)  # few different widths: oneDNN keeps memory for each
         at = self.start[index, None] + step.minimum(length[:, None] - 1)
@@ -347,7 +347,7 @@ class ResidualBlock(nn.Module):
 class BidirectionalLSTM(nn.Module):
     """Two LSTM layers over time, both ways along each clip's own steps, as nn.LSTM(bidirectional=True) on packed clips.
 
-    Clips turned about within their padding instead of packed: on a CPU in float32, half the time.
+    Clips turned about within their padding instead of packed: on a CPU in float32, training takes 0.7 of the time.
     """
 
     def __init__(self, n_in, hidden, dropout):

@@ -280,7 +280,7 @@ class ResidualBlock(nn.Module):
 class BidirectionalLSTM(nn.Module):
     """Two LSTM layers over time, both ways along each clip's own steps, as nn.LSTM(bidirectional=True) on packed clips.
 
-    Clips turned about within their padding instead of packed: on a CPU in float32, half the time.
+    Clips turned about within their padding instead of packed: on a CPU in float32, training takes 0.7 of the time.
     """
 
     def __init__(self, n_in, hidden, dropout):

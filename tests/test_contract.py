@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, run, train
 
 SCRIPTS = ("mel_generator.py", "cremad_custom2.py", "custom2_tester.py")
-TWICE = {"load_audio", "mel_filters", "hann", "stft", "log_mel", "ResidualBlock", "BidirectionalLSTM", "EmotionClassifier"}
+TWICE = {"load_audio", "mel_filters", "hann", "stft", "log_mel", "ResidualBlock", "BidirectionalLSTM", "AttentivePooling", "EmotionClassifier"}
 
 
 def definitions(script):

@@ -153,6 +153,17 @@ def test_lstm_is_pytorchs_on_packed_clips():
     assert ((ours(x, steps) - packed) * trainer.inside(steps, 9)[:, :, None]).abs().max() < 1e-5
 
 
+def test_pooling_is_a_weighted_mean_and_spread_of_own_steps():
+    torch.manual_seed(0)
+    pooling, x, mask = trainer.AttentivePooling(5), torch.randn(2, 6, 5), trainer.inside(torch.tensor([6, 3]), 6)
+    x[1, 3:] = 1e3  # past the second clip's own steps
+    weight = pooling.score(x[1, :3]).softmax(0)
+    mean = (weight * x[1, :3]).sum(0)
+    spread = ((weight * x[1, :3] ** 2).sum(0) - mean**2 + 1e-4).sqrt()
+    assert weight.amax() - weight.amin() > 1e-3
+    assert torch.allclose(pooling(x, mask)[1], torch.cat([mean, spread]), atol=1e-4)
+
+
 def test_logits_do_not_depend_on_batch_size_or_order():
     model, random = toy_model(), torch.Generator().manual_seed(3)
     clips = [torch.randn(n, 128, generator=random) for n in (80, 3, 191, 55, 80, 21)]
