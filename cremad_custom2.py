@@ -40,6 +40,9 @@ def stop(*_):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)  # before the imports that take seconds
 
+# oneDNN keeps memory for every shape that it has met, 1,024 by default: gigabytes, and no faster.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
 import matplotlib
 
 matplotlib.use("Agg")

@@ -34,6 +34,9 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+# oneDNN keeps memory for every shape that it has met, 1,024 by default: gigabytes, and no faster.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
 import matplotlib
 
 matplotlib.use("Agg")
