@@ -22,6 +22,7 @@ import errno
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import signal
@@ -30,10 +31,14 @@ import textwrap
 import time
 from pathlib import Path
 
+STOPPED = b"\nStopped. The epochs that ended are in OUTPUT_DIR: set RESUME = True and run again.\n"
+
 
 def stop(*_):
     """Ctrl-C: a sentence, and out at once. Every file that has its final name is whole, so nothing needs undoing."""
-    os.write(2, b"\nStopped. The epochs that ended are in OUTPUT_DIR: set RESUME = True and run again.\n")
+    for process in multiprocessing.active_children():
+        process.kill()
+    os.write(2, STOPPED)
     os._exit(130)  # no exception, which could break into a library's own code and end in its traceback
 
 
@@ -252,9 +257,10 @@ def read_spectrogram(path, n_mels):
     """One .npy as float32 (frames, mel bands); ends the program if it is not what mel_generator.py writes."""
     mend = "delete it and run mel_generator.py again."
     try:
-        mel = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        sys.exit(f"{path} is not a whole .npy file ({error}): {mend}")
+        with open(path, "rb") as file:
+            mel = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # bytes from anywhere make the header's parser raise anything
+        sys.exit(f"{path} is not a whole .npy file ({' '.join(str(error).split())[:200]}): {mend}")
     if mel.dtype != np.float32 or mel.ndim != 2 or len(mel) != n_mels or not mel.size:
         sys.exit(
             f"{path} holds {mel.dtype} {mel.shape}, not float32 ({n_mels}, frames) as mel_config.json says: {mend}"
@@ -600,11 +606,29 @@ def measure(logits, label, actors, temperature):
 # Writing
 
 
+def lock(folder):
+    """Holds the folder until this process ends, in whatever way; ends the program if another process holds it.
+
+    Source: flock(2). On file systems and operating systems without such locks, nothing is checked.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{folder} is in use: another run is writing there. Wait for its end, or name another folder.")
+    except (ImportError, OSError):
+        pass
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Yields a temporary path beside `path` that takes its name once written: whole, or not there at all."""
-    yield f"{path}.tmp"
-    os.replace(f"{path}.tmp", path)
+    try:
+        yield f"{path}.tmp"
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:  # a full disk's own names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def plot_confusion(path, true, predicted, names, title):
@@ -915,6 +939,7 @@ def main():
     mel_config = read_mel_config(Path(MEL_DIR))
     clips = assign_split(list_clips(Path(MEL_DIR)))
     output_dir.mkdir(parents=True, exist_ok=True)
+    lock(output_dir)
     run = Run(clips, mel_config, device, amp)
     print_setup(run)
     run.resume() if RESUME else keep_previous(output_dir)

@@ -27,12 +27,27 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+
+STOPPED = b"\nStopped. The rows that were written stay: the same command with --resume goes on from there.\n"
+
+
+def stop(*_):
+    """Ctrl-C: a sentence, and out at once. Every file that has its final name is whole, so nothing needs undoing."""
+    for process in multiprocessing.active_children():
+        process.kill()
+    os.write(2, STOPPED)
+    os._exit(130)  # no exception, which could break into a library's own code and end in its traceback
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop)  # before the imports that take seconds
 
 # oneDNN keeps memory for every shape that it has met, 1,024 by default: gigabytes, and no faster.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -391,11 +406,29 @@ def classify(clips, model, checkpoint, max_width, batch_size, device):
 # Writing
 
 
+def lock(folder):
+    """Holds the folder until this process ends, in whatever way; ends the program if another process holds it.
+
+    Source: flock(2). On file systems and operating systems without such locks, nothing is checked.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{folder} is in use: another run is writing there. Wait for its end, or name another folder.")
+    except (ImportError, OSError):
+        pass
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Yields a temporary path beside `path` that takes its name once written: whole, or not there at all."""
-    yield f"{path}.tmp"
-    os.replace(f"{path}.tmp", path)
+    try:
+        yield f"{path}.tmp"
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:  # a full disk's own names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def plot_confusion(path, true, predicted, names, title):
@@ -420,8 +453,11 @@ def plot_confusion(path, true, predicted, names, title):
 
 def write_rows(path, mode, rows):
     """Writes ("w") or appends ("a") rows to a CSV; file names that are no UTF-8 keep their bytes."""
-    with open(path, mode, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+    try:
+        with open(path, mode, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+    except OSError as error:  # a full disk's own names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def cell(path):
@@ -551,10 +587,12 @@ def write_summary(output_dir, results, names):
 
 
 def remove_earlier(output_dir):
-    """Deletes an earlier run's summary and pictures, so that none stands beside results it is not of."""
+    """Deletes an earlier run's summary, so that none stands beside results it is not of, and killed runs' leftovers."""
     names = ("summary.csv", "confidence_distribution.png", "confusion_matrix.png", "classification_report.txt")
     for name in names:
         (output_dir / name).unlink(missing_ok=True)
+    for leftover in (output_dir / "mel_spectrograms").rglob(".*.tmp"):
+        leftover.unlink()
 
 
 def write_report(output_dir, labelled, names):
@@ -647,6 +685,8 @@ def classify_all(args, paths, model, checkpoint, device, artists):
             write_rows(partial, "a", rows)
             cut += sum(mel is not None and mel.shape[1] > args.max_width for mel in mels)
             bar.update(len(some))
+    if not args.input_dir.exists():
+        sys.exit(f"--input_dir {args.input_dir} went away during the run: bring it back and run again with --resume.")
     if kept:
         rows = sorted(read_partial(partial, columns), key=lambda row: order[row[0]])
         with whole_file(partial) as temporary:
@@ -687,19 +727,23 @@ def draw_all(artists, pictures, titles, mels, probabilities, checkpoint):
         job.result()
 
 
+def follow_parent():
+    """In a worker process: ends it when the main process is killed, which a pool never notices by itself."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 @contextlib.contextmanager
 def drawing_processes(workers):
     """Processes that draw, started before the first thread is, so that forking is safe."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    artists = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    artists = ProcessPoolExecutor(workers, context, follow_parent)
+    answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit this: Ctrl-C is for the main process
     try:
         artists.submit(int).result()
+        signal.signal(signal.SIGINT, answer)
         yield artists
     except BrokenProcessPool:
         sys.exit("A drawing process was killed, most often for want of memory: run again with fewer --workers.")
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: the pictures in flight end within a second
-        raise
     finally:
         artists.shutdown(cancel_futures=True)
 
@@ -718,6 +762,7 @@ def main():
             empty = "holds no .wav or .flac file, nor does any folder below it."
             sys.exit(f"{args.input_dir} {empty if args.input_dir.is_dir() else 'is no folder, and no sound file.'}")
         args.output_dir.mkdir(parents=True, exist_ok=True)
+        lock(args.output_dir)
         print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {len(paths):,} files.")
         cut = classify_all(args, paths, model, checkpoint, device, artists)
     results = pd.read_csv(
@@ -746,12 +791,6 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
-        print(
-            "\nStopped. The rows that were written stay: the same command with --resume goes on from there.",
-            file=sys.stderr,
-        )
-        sys.exit(130)
     except OSError as error:
         sys.exit(
             f"{error.filename or 'A file'}: {error.strerror or error}. What was written before stays: "

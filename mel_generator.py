@@ -34,12 +34,27 @@ import platform
 import re
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from pathlib import Path
+
+STOPPED = b"\nStopped. What was written stays: the same command goes on from there.\n"
+
+
+def stop(*_):
+    """Ctrl-C: a sentence, and out at once. Every file that has its final name is whole, so nothing needs undoing."""
+    for process in multiprocessing.active_children():
+        process.kill()
+    os.write(2, STOPPED)
+    os._exit(130)  # no exception, which could break into a library's own code and end in its traceback
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop)  # before the imports that take seconds
 
 import librosa
 import numpy as np
@@ -290,14 +305,21 @@ def process_clip(task):
     return path, None
 
 
+def follow_parent():
+    """In a worker process: ends it when the main process is killed, which a pool never notices by itself."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def process_all(tasks, workers):
     """Runs process_clip over the tasks in worker processes; returns {path: why it was skipped}."""
     if not tasks:
         return {}
     context = multiprocessing.get_context("spawn")  # started anew, so that the environment above counts
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, follow_parent)
     try:
+        answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit this: Ctrl-C is for the main process
         results = pool.map(process_clip, tasks, chunksize=min(16, -(-len(tasks) // workers)))
+        signal.signal(signal.SIGINT, answer)
         bar = tqdm(results, total=len(tasks), unit="clip", desc="Spectrograms")
         return {path: reason for path, reason in bar if reason}
     except BrokenProcessPool:
@@ -305,9 +327,6 @@ def process_all(tasks, workers):
             "A worker process was killed, most often for want of memory: run again with fewer --workers. "
             "What was written stays, and is not done again."
         )
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: the clips in flight end within a second
-        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -319,9 +338,14 @@ def process_all(tasks, workers):
 def write_whole(path, data):
     """Writes bytes under a name of this process's own, then renames: path is whole or not there."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's own names no file
 
 
 def settle_config(output_dir, config, overwrite):
@@ -492,6 +516,10 @@ def main():
         if missing:
             tasks.append((path, stem, missing, str(args.input_dir), str(args.output_dir), mel, args.seed))
     skipped |= process_all(tasks, args.workers)
+    if not args.input_dir.is_dir():
+        sys.exit(
+            f"--input_dir {args.input_dir} went away during the run: bring it back and run the same command again."
+        )
     write_skipped(args.output_dir, skipped, clips)
     remove_leftovers(args.output_dir, started)
     print_counts(args.output_dir, clips, skipped, time.time() - started)
@@ -503,9 +531,6 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
-        print("\nStopped. What was written stays: the same command goes on from there.", file=sys.stderr)
-        sys.exit(130)
     except OSError as error:
         sys.exit(
             f"{error.filename or 'A file'}: {error.strerror}. What was written before stays: "
