@@ -35,19 +35,23 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-STOPPED = b"\nStopped. The rows that were written stay: the same command with --resume goes on from there.\n"
 
-
-def stop(*_):
+def stop(message, *_):
     """Ctrl-C: a sentence, and out at once. Every file that has its final name is whole, so nothing needs undoing."""
     for process in multiprocessing.active_children():
         process.kill()
-    os.write(2, STOPPED)
+    os.write(2, message)
     os._exit(130)  # no exception, which could break into a library's own code and end in its traceback
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, stop)  # before the imports that take seconds
+    # before the imports that take seconds
+    signal.signal(
+        signal.SIGINT,
+        functools.partial(
+            stop, b"\nStopped. The rows that were written stay: the same command with --resume goes on from there.\n"
+        ),
+    )
 
 # oneDNN keeps memory for every shape that it has met, 1,024 by default: gigabytes, and no faster.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")

@@ -42,19 +42,21 @@ from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from pathlib import Path
 
-STOPPED = b"\nStopped. What was written stays: the same command goes on from there.\n"
 
-
-def stop(*_):
+def stop(message, *_):
     """Ctrl-C: a sentence, and out at once. Every file that has its final name is whole, so nothing needs undoing."""
     for process in multiprocessing.active_children():
         process.kill()
-    os.write(2, STOPPED)
+    os.write(2, message)
     os._exit(130)  # no exception, which could break into a library's own code and end in its traceback
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, stop)  # before the imports that take seconds
+    # before the imports that take seconds
+    signal.signal(
+        signal.SIGINT,
+        functools.partial(stop, b"\nStopped. What was written stays: the same command goes on from there.\n"),
+    )
 
 import librosa
 import numpy as np
@@ -177,6 +179,11 @@ def emotion_of(stem):
     """The emotion's code in the third field of a CREMA-D name, or None."""
     fields = stem.upper().split("_")
     return fields[2] if len(fields) > 2 and fields[2] in EMOTIONS else None
+
+
+def in_shard(path, shard):
+    """Whether a file is this shard's to do, by the SHA-1 of its stem; shard: (I, N), or None for every file."""
+    return not shard or int(hashlib.sha1(os.fsencode(Path(path).stem)).hexdigest(), 16) % shard[1] == shard[0]
 
 
 def find_clips(input_dir, skipped):
@@ -351,7 +358,7 @@ def write_whole(path, data):
 def settle_config(output_dir, config, overwrite):
     """Writes mel_config.json; ends the program if the folder holds spectrograms of other settings."""
     path = output_dir / "mel_config.json"
-    present = [f for code in EMOTIONS for f in output_dir.glob(f"{code}/*.npy")]
+    present = (f for code in EMOTIONS for f in output_dir.glob(f"{code}/*.npy"))
     if overwrite:
         for file in [*present, path, output_dir / "skipped.csv"]:
             file.unlink(missing_ok=True)
@@ -369,17 +376,16 @@ def settle_config(output_dir, config, overwrite):
                 "name another --output_dir, or start this one anew with --overwrite."
             )
         return
-    elif present:
+    elif file := next(present, None):
         sys.exit(
-            f"{output_dir} holds {len(present)} spectrograms but no mel_config.json to tell their settings: "
+            f"{output_dir} holds spectrograms ({file.name}) but no mel_config.json to tell their settings: "
             "name another --output_dir, or start this one anew with --overwrite."
         )
     write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def write_skipped(output_dir, skipped, clips):
+def write_skipped(path, skipped, clips):
     """Brings skipped.csv up to date: this run's rows, and earlier rows of files that it did not see."""
-    path = output_dir / "skipped.csv"
     if path.exists():
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             earlier = dict(row for row in csv.reader(file) if len(row) == 2 and row != ["file", "reason"])
@@ -399,7 +405,18 @@ def remove_leftovers(output_dir, started):
                 file.unlink()
 
 
-def print_counts(output_dir, clips, skipped, seconds):
+def note_partial_corpus(clips):
+    """Says so if the clips are named as CREMA-D's but are not all of it."""
+    actors = {stem.split("_")[0] for stem in clips}
+    named_so = any(re.fullmatch(r"10\d\d", actor) for actor in actors)
+    if named_so and (len(clips), len(actors)) != (CORPUS_CLIPS, CORPUS_ACTORS):
+        print(
+            f"Note: this looks like CREMA-D, but is not all of it: "
+            f"{len(clips):,} clips of {CORPUS_CLIPS:,}, {len(actors)} actors of {CORPUS_ACTORS}."
+        )
+
+
+def print_counts(output_dir, clips, skipped, log, seconds):
     """Spectrograms in the folder by emotion and variant, what was skipped, where things are."""
     counts = Counter(
         (f.parent.name, v)
@@ -412,24 +429,23 @@ def print_counts(output_dir, clips, skipped, seconds):
     rows = [[v, *(counts[c, v] for c in EMOTIONS), sum(counts[c, v] for c in EMOTIONS)] for v in variants]
     rows.append(["all", *(sum(counts[c, v] for v in variants) for c in EMOTIONS), counts.total()])
     print(tabulate(rows, headers=["spectrograms", *EMOTIONS, "all"]))
-    actors = {stem.split("_")[0] for stem in clips}
-    if any(len(a) == 4 and a.startswith("10") and a.isdigit() for a in actors) and (len(clips), len(actors)) != (
-        CORPUS_CLIPS,
-        CORPUS_ACTORS,
-    ):
-        print(
-            f"Note: this looks like CREMA-D, but is not all of it: "
-            f"{len(clips):,} clips of {CORPUS_CLIPS:,}, {len(actors)} actors of {CORPUS_ACTORS}."
-        )
     if skipped:
         kinds = Counter(reason.split(":")[0] for reason in skipped.values())
         words = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-        print(f"Skipped {len(skipped)} files ({words}): see {output_dir / 'skipped.csv'}")
+        print(f"Skipped {len(skipped)} files ({words}): see {log}")
     print(f"{len(clips):,} clips in {seconds:.1f} s. Spectrograms: {output_dir}")
 
 
 # --------------------------------------------------------------------------------------
 # Main
+
+
+def parse_shard(text):
+    """I/N of --shard, as a pair."""
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise argparse.ArgumentTypeError(f"{text}: take I/N, I from 0 to N - 1")
+    return int(i), int(n)
 
 
 def parse_args():
@@ -452,6 +468,9 @@ def parse_args():
     parser.add_argument(
         "--overwrite", action="store_true", help="delete the spectrograms that are there and start anew"
     )
+    parser.add_argument(
+        "--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0; then once without --shard"
+    )
     parser.add_argument("--strict", action="store_true", help="exit status 1 if any file was skipped")
     for name, default, unit in [
         ("sample_rate", 16000, "Hz"),
@@ -463,6 +482,8 @@ def parse_args():
     parser.add_argument("--fmin", type=float, default=0.0, help="Hz, lower edge of the lowest band (default 0)")
     parser.add_argument("--fmax", type=float, default=8000.0, help="Hz, upper edge of the highest band (default 8000)")
     args = parser.parse_args()
+    if args.shard and args.overwrite:
+        parser.error("--overwrite starts the folder anew for all shards: run it once, with --shard left out")
     if wrong := wrong_values(args):
         parser.error("; ".join(wrong))
     return args
@@ -484,47 +505,61 @@ def wrong_values(args):
     return [f"--{name} is {getattr(args, name)}: take {words}" for name, good, words in checks if not good]
 
 
-def main():
-    """Lists the clips, makes what is missing, says what came of it; returns the exit status."""
-    args, started = parse_args(), time.time()
-    n_augmentations = 0 if args.no_augment else args.n_augmentations
+def settings_of(args):
+    """The mel settings, and mel_config.json: those, the augmentation and the versions that made them."""
     mel = {name: getattr(args, name) for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")}
-    config = mel | {
+    versions = {m.__name__: m.__version__ for m in (np, librosa, soundfile)}
+    return mel, mel | {
         "seed": args.seed,
-        "n_augmentations": n_augmentations,
-        "augmentation": {n: list(v) for n, v in VARIANTS.items()},
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "librosa": librosa.__version__,
-            "soundfile": soundfile.__version__,
-        },
+        "n_augmentations": 0 if args.no_augment else args.n_augmentations,
+        "augmentation": {name: list(kind) for name, kind in VARIANTS.items()},
+        "versions": {"python": platform.python_version()} | versions,
     }
-    if not args.input_dir.is_dir():
-        sys.exit(f"--input_dir {args.input_dir} is no folder: name the one that holds the .wav or .flac files.")
-    skipped = {}
-    clips = find_clips(args.input_dir, skipped)
-    if not clips and not skipped:
-        sys.exit(f"--input_dir {args.input_dir} holds no .wav or .flac file, nor does any folder below it.")
-    for code in EMOTIONS:
-        (args.output_dir / code).mkdir(parents=True, exist_ok=True)
-    settle_config(args.output_dir, config, args.overwrite)
+
+
+def find_tasks(args, clips, mel, n_augmentations):
+    """What process_clip takes, for each clip of which a variant is missing in --output_dir."""
     present = {f.name for code in EMOTIONS for f in os.scandir(args.output_dir / code)}
     tasks = []
     for stem, path in clips.items():
         missing = [v for v in choose_variants(args.seed, stem, n_augmentations) if f"{stem}_{v}.npy" not in present]
         if missing:
             tasks.append((path, stem, missing, str(args.input_dir), str(args.output_dir), mel, args.seed))
-    skipped |= process_all(tasks, args.workers)
+    return tasks
+
+
+def find_input(args):
+    """This shard's clips, as {stem: relative path}, and its files that are none, as {relative path: why}."""
     if not args.input_dir.is_dir():
-        sys.exit(
-            f"--input_dir {args.input_dir} went away during the run: bring it back and run the same command again."
-        )
-    write_skipped(args.output_dir, skipped, clips)
+        sys.exit(f"--input_dir {args.input_dir} is no folder: name the one that holds the .wav or .flac files.")
+    skipped = {}
+    clips = find_clips(args.input_dir, skipped)
+    if not clips and not skipped:
+        sys.exit(f"--input_dir {args.input_dir} holds no .wav or .flac file, nor does any folder below it.")
+    note_partial_corpus(clips)
+    clips = {stem: path for stem, path in clips.items() if in_shard(path, args.shard)}
+    return clips, {path: reason for path, reason in skipped.items() if in_shard(path, args.shard)}
+
+
+def main():
+    """Lists the clips, makes what is missing, says what came of it; returns the exit status."""
+    args, started = parse_args(), time.time()
+    mel, config = settings_of(args)
+    clips, skipped = find_input(args)
+    for code in EMOTIONS:
+        (args.output_dir / code).mkdir(parents=True, exist_ok=True)
+    settle_config(args.output_dir, config, args.overwrite)
+    skipped |= process_all(find_tasks(args, clips, mel, config["n_augmentations"]), args.workers)
+    if not args.input_dir.is_dir():
+        sys.exit(f"--input_dir {args.input_dir} went away during the run: bring it back, run the same command again.")
+    log = args.output_dir / ("skipped.{}-of-{}.csv".format(*args.shard) if args.shard else "skipped.csv")
+    write_skipped(log, skipped, clips)
+    for file in args.output_dir.glob("skipped.*-of-*.csv") if not args.shard else []:
+        file.unlink()  # the shards' are in skipped.csv now
     remove_leftovers(args.output_dir, started)
-    print_counts(args.output_dir, clips, skipped, time.time() - started)
-    if len(skipped) == len(clips) + len(skipped.keys() - clips.values()):
-        sys.exit(f"No file could be used: {args.output_dir / 'skipped.csv'} says why.")
+    print_counts(args.output_dir, clips, skipped, log, time.time() - started)
+    if skipped and len(skipped) == len(clips) + len(skipped.keys() - clips.values()):
+        sys.exit(f"No file could be used: {log} says why.")
     return 1 if args.strict and skipped else 0
 
 
