@@ -22,9 +22,12 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
+import json
 import math
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import threading
@@ -77,14 +80,19 @@ AUDIO_SUFFIXES = (".wav", ".flac")
 BATCHES_AT_ONCE = 4  # batches of files read ahead, sorted by length, and written together
 SHOWN_FILES = 20  # at most this many rows on the screen
 FORMAT_VERSION = 1
+ROW_START = ("file", "predicted_class", "predicted_code", "confidence")  # the columns of the results, classes between
+ROW_END = ("duration_s", "true_class", "error", "unheard_s", "uncertain")
+ERROR = ROW_END.index("error") - len(ROW_END)
+LINES = ("#D55E00", "#009E73", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7")  # Okabe and Ito's colours
+SEGMENT_START = ("file", "start_s", "end_s", "predicted_class", "confidence")
 
 
 # --------------------------------------------------------------------------------------
 # Reading
 
 
-def load_audio(path, sample_rate, hop_length):
-    """Decodes a sound file to mono at sample_rate.
+def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
+    """Decodes a sound file, or `seconds` of it from `start` on, to mono at sample_rate.
 
     Returns float32 (samples,), full scale 1. Channels are averaged; other rates are resampled
     with soxr's high-quality filter. Raises ValueError, with the reason in words, for whatever
@@ -100,7 +108,10 @@ def load_audio(path, sample_rate, hop_length):
     if not head:
         raise ValueError("empty: the file has 0 bytes")
     try:
-        samples, rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            rate = file.samplerate
+            file.seek(int(start * rate))
+            samples = file.read(-1 if seconds is None else math.ceil(seconds * rate), "float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
         raise ValueError(f"unreadable: {getattr(error, 'error_string', error)}") from error
     if not len(samples):
@@ -212,6 +223,11 @@ def load_checkpoint(path, device):
     return model.to(device).eval(), checkpoint
 
 
+def in_shard(path, shard):
+    """Whether a file is this shard's to do, by the SHA-1 of its stem; shard: (I, N), or None for every file."""
+    return not shard or int(hashlib.sha1(os.fsencode(Path(path).stem)).hexdigest(), 16) % shard[1] == shard[0]
+
+
 def find_files(input_dir):
     """Paths of the sound files below input_dir (or of that one file), relative to it, sorted; broken links too."""
     if not input_dir.is_dir():
@@ -220,26 +236,41 @@ def find_files(input_dir):
     return sorted(p.relative_to(input_dir).as_posix() for p in paths)
 
 
-def read_clip(path, folder, mel_config, max_width):
-    """One file's log-mel spectrogram (mel bands, frames) or None, its seconds or None, and the error or "".
+def cut_windows(paths, folder, window, step):
+    """A (path, start in seconds) for each window to classify: one a file, at 0, if window is None."""
+    windows = []
+    for path in tqdm(paths, desc="Measuring", unit="file", leave=False, disable=window is None):
+        rest = 0.0
+        if window is not None:
+            with contextlib.suppress(soundfile.SoundFileError, OSError):  # reading it will tell
+                rest = soundfile.info(os.fsencode(os.path.join(folder, path))).duration - window
+        starts = [*np.arange(0.0, rest, step).tolist(), rest] if rest > 0 else [0.0]
+        windows += [(path, start) for start in starts]
+    return windows
 
-    Of a file longer than max_width, somewhat more than that many frames: what is not heard costs no memory.
+
+def read_clip(window, folder, mel_config, seconds):
+    """The log-mel spectrogram (mel bands, frames) of a file's `seconds` from a start on, or None; what is wrong, or "".
+
+    Between the two the whole file's length in seconds, or None.
     """
+    path, start = os.path.join(folder, window[0]), window[1]
     try:
-        samples = load_audio(os.path.join(folder, path), mel_config["sample_rate"], mel_config["hop_length"])
-        heard = samples[: max_width * mel_config["hop_length"] + mel_config["n_fft"]]
-        return log_mel(heard, **mel_config), len(samples) / mel_config["sample_rate"], ""
-    except (ValueError, MemoryError) as error:
+        samples = load_audio(path, mel_config["sample_rate"], mel_config["hop_length"], start, seconds)
+        heard = len(samples) / mel_config["sample_rate"]
+        length = heard if start + heard < seconds else soundfile.info(os.fsencode(path)).duration
+        return log_mel(samples, **mel_config), length, ""
+    except (ValueError, MemoryError, soundfile.SoundFileError) as error:
         return None, None, str(error) or "too long for this machine's memory"
 
 
-def read_ahead(paths, read, workers, size):
-    """Yields (paths, what read made of them), `size` at a time; threads prepare the next while these are used."""
+def read_ahead(windows, read, workers, size):
+    """Yields (windows, what read made of them), `size` at a time; threads prepare the next while these are used."""
     waiting = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for at in range(0, len(paths), size):
-                waiting.append((paths[at : at + size], [pool.submit(read, path) for path in paths[at : at + size]]))
+            for some in (windows[at : at + size] for at in range(0, len(windows), size)):
+                waiting.append((some, [pool.submit(read, window) for window in some]))
                 if len(waiting) > 1:
                     some, clips = waiting.popleft()
                     yield some, [clip.result() for clip in clips]
@@ -249,8 +280,8 @@ def read_ahead(paths, read, workers, size):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def read_partial(path, columns):
-    """The whole rows of an interrupted run, as lists; a torn last line is dropped."""
+def read_rows(path, columns):
+    """The whole rows of a CSV that may be of an interrupted run, as lists; a torn last line is dropped."""
     if not path.exists():
         return []
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -259,9 +290,7 @@ def read_partial(path, columns):
     if rows and not text.endswith("\n"):
         rows.pop()
     if rows and rows[0] != columns:
-        sys.exit(
-            f"--resume: {path} has other columns than this model's results: delete it, or name another --output_dir."
-        )
+        sys.exit(f"{path} has other columns than this model's results: delete it, or name another --output_dir.")
     return [row for row in rows[1:] if len(row) == len(columns)]
 
 
@@ -469,23 +498,114 @@ def cell(path):
     return f"./{path}" if path[0] in "=+-@" else path
 
 
-def result_row(path, probabilities, seconds, error, classes):
-    """A row of classification_results.csv."""
-    true_class = true_class_of(path, classes)
-    if error:
-        return [cell(path), "", "", "", *[""] * len(classes), "", true_class, error]
-    top = int(probabilities.argmax())
-    shares = [f"{p:.6f}" for p in probabilities]
-    return [
-        cell(path),
-        classes[top]["name"],
-        classes[top]["code"],
-        shares[top],
-        *shares,
-        f"{seconds:.3f}",
-        true_class,
-        "",
-    ]
+class Results:
+    """classification_results.csv and, with --segments, segments.csv in the making.
+
+    Rows go to .partial files, some files' at a time, each file's picture before its row; finish() names them.
+    """
+
+    def __init__(self, args, checkpoint, paths, artists):
+        self.args, self.checkpoint, self.artists = args, checkpoint, artists
+        names = [c["name"] for c in checkpoint["classes"]]
+        self.columns = {"classification_results": [*ROW_START, *names, *ROW_END]}
+        if args.segments:
+            self.columns["segments"] = [*SEGMENT_START, *names]
+        self.partial = {kind: args.output_dir / f"{table_name(kind, args.shard)}.partial" for kind in self.columns}
+        self.order = {cell(path): i for i, path in enumerate(paths)}
+        self.pictures = picture_paths(paths, args.output_dir) if artists else {}
+        self.new, self.drawing = {kind: [] for kind in self.columns}, []
+        main = self.partial["classification_results"]
+        self.note = main.with_name(f"{main.name}.run")
+        lock(main)
+        self.take_up()
+
+    def take_up(self):
+        """Begins the partial files anew or, with --resume, goes on from those of the same run; self.done: its files."""
+        args, kept = self.args, {kind: [] for kind in self.columns}
+        model = hashlib.sha256(args.model_path.read_bytes()).hexdigest()
+        names = ("max_width", "segments", "window", "step", "min_confidence", "shard")
+        now = f"model {model}\ninput_dir {args.input_dir.resolve()}\n" + "".join(
+            f"{n} {getattr(args, n)}\n" for n in names
+        )
+        if args.resume:
+            if self.note.exists() and self.note.read_text(errors="surrogateescape") != now:
+                sys.exit(
+                    f"--resume: {self.partial['classification_results']} is of another model, --input_dir or option "
+                    f"({', '.join(names)}): give the same ones again, or leave --resume out to start anew."
+                )
+            rows = read_rows(self.partial["classification_results"], self.columns["classification_results"])
+            kept["classification_results"] = [row for row in rows if row[0] in self.order and not row[ERROR]]
+        self.done = {row[0] for row in kept["classification_results"]}
+        if args.segments:
+            rows = read_rows(self.partial["segments"], self.columns["segments"])
+            kept["segments"] = [row for row in rows if row[0] in self.done]
+        with whole_file(self.note) as temporary:
+            Path(temporary).write_text(now, errors="surrogateescape")
+        for kind, rows in kept.items():
+            write_rows(self.partial[kind], "w", [self.columns[kind], *rows])
+
+    def add(self, path, windows):
+        """Takes a file's windows, each (path, start, spectrogram, file's seconds, error, probabilities); how many."""
+        windows = list(windows)
+        good = [w for w in windows if not w[4]]
+        mean = np.mean([w[5] for w in good], axis=0) if good else None
+        length = good[0][3] if good else None
+        self.new["classification_results"].append(self.row(path, mean, length, "" if good else windows[0][4]))
+        if self.args.segments:
+            self.new["segments"] += [self.segment(path, *w[1:]) for w in windows]
+        if self.artists and good:
+            config, names = self.checkpoint["mel_config"], tuple(c["name"] for c in self.checkpoint["classes"])
+            draw, what, shares = draw_clip, good[0][2], mean
+            if len(windows) > 1:
+                draw, what = draw_timeline, [(w[1], self.args.window, w[2]) for w in good]
+                shares = np.array([w[5] for w in good])
+            picture = str(self.pictures[path])
+            self.drawing.append(self.artists.submit(draw, picture, path, what, shares, names, config))
+        return len(windows)
+
+    def row(self, path, probabilities, seconds, error):
+        """A row of classification_results.csv."""
+        classes, true_class = self.checkpoint["classes"], true_class_of(path, self.checkpoint["classes"])
+        if error:
+            return [cell(path), "", "", "", *[""] * len(classes), "", true_class, error, "", ""]
+        top = int(probabilities.argmax())
+        shares = [f"{p:.6f}" for p in probabilities]
+        config, least = self.checkpoint["mel_config"], self.args.min_confidence
+        heard = math.inf if self.args.segments else self.args.max_width * config["hop_length"] / config["sample_rate"]
+        uncertain = "" if least is None else "yes" if probabilities[top] < least else "no"
+        named = [cell(path), classes[top]["name"], classes[top]["code"], shares[top], *shares]
+        return [*named, f"{seconds:.3f}", true_class, "", f"{max(0.0, seconds - heard):.3f}", uncertain]
+
+    def segment(self, path, start, _, seconds, error, probabilities):
+        """A row of segments.csv; a window without sound has no class."""
+        classes = self.checkpoint["classes"]
+        end = start + self.args.window if seconds is None else min(start + self.args.window, seconds)
+        times = [cell(path), f"{start:.3f}", f"{end:.3f}"]
+        if error:
+            return [*times, "", "", *[""] * len(classes)]
+        top = int(probabilities.argmax())
+        shares = [f"{p:.6f}" for p in probabilities]
+        return [*times, classes[top]["name"], shares[top], *shares]
+
+    def write(self):
+        """Brings the partial files up to date."""
+        for job in self.drawing:
+            job.result()
+        for kind in reversed(self.columns):  # the file's row last: it says that the others are there
+            write_rows(self.partial[kind], "a", self.new[kind])
+            self.new[kind] = []
+        self.drawing = []
+
+    def finish(self):
+        """Sorts what a resumed run wrote in two goes, and gives the tables their names."""
+        self.write()
+        for kind, partial in self.partial.items():
+            if self.done:
+                rows = sorted(read_rows(partial, self.columns[kind]), key=lambda row: self.order[row[0]])
+                with whole_file(partial) as temporary:
+                    write_rows(temporary, "w", [self.columns[kind], *rows])
+            os.replace(partial, partial.with_suffix(""))
+        self.note.unlink()
 
 
 @functools.cache
@@ -506,20 +626,62 @@ def draw_clip(path, title, mel, probabilities, names, mel_config):
     figure, left, right, image, bars = clip_figure(names)
     seconds = mel.shape[1] * mel_config["hop_length"] / mel_config["sample_rate"]
     image.set(data=mel, extent=(0, seconds, -0.5, len(mel) - 0.5), clim=(max(mel.max() - 80, mel.min()), mel.max()))
-    left.set(xlim=(0, seconds), ylim=(-0.5, len(mel) - 0.5))
-    hertz = librosa.mel_frequencies(n_mels=len(mel) + 2, fmin=mel_config["fmin"], fmax=mel_config["fmax"])[1:-1]
-    marks = [f for f in (250, 500, 1000, 2000, 4000, 8000, 16000) if hertz[0] <= f <= hertz[-1]]
-    left.set_yticks(np.interp(marks, hertz, np.arange(len(mel))), marks)
+    left.set_xlim(0, seconds)
+    mel_ticks(left, len(mel), mel_config)
     left.set_title(os.fsencode(title).decode("utf-8", "replace"), parse_math=False, fontsize=9)
     for bar, p in zip(bars, probabilities, strict=True):
         bar.set(width=100 * p, color="#D55E00" if p == max(probabilities) else "#0072B2")
+    save_picture(figure, path)
+    figure.set_layout_engine("none")  # laid out once: every clip has the same places
+
+
+def save_picture(figure, path):
+    """Writes a figure as a PNG of a clip: whole, under names of any length and script."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}.tmp")  # path.tmp could be too long a name
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # names may hold letters that the font lacks
-        figure.savefig(temporary, format="png", dpi=130)
-    figure.set_layout_engine("none")  # laid out once: every clip has the same places
-    os.replace(temporary, path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # names may hold letters that the font lacks
+            figure.savefig(temporary, format="png", dpi=130)
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk's own names no file
+        raise OSError(error.errno, error.strerror or str(error), path) from error
+
+
+def mel_ticks(axes, n_mels, mel_config):
+    """Marks the mel bands of a vertical axis in Hz."""
+    hertz = librosa.mel_frequencies(n_mels=n_mels + 2, fmin=mel_config["fmin"], fmax=mel_config["fmax"])[1:-1]
+    marks = [f for f in (250, 500, 1000, 2000, 4000, 8000, 16000) if hertz[0] <= f <= hertz[-1]]
+    axes.set_yticks(np.interp(marks, hertz, np.arange(n_mels)), marks)
+    axes.set_ylim(-0.5, n_mels - 0.5)
+
+
+def draw_timeline(path, title, parts, probabilities, names, mel_config):
+    """The spectrogram of a long recording above the probabilities of its windows over time, as a PNG.
+
+    parts: (start, seconds, spectrogram) of each window; probabilities (windows, classes).
+    """
+    end = parts[-1][0] + parts[-1][1]
+    n = min(3000, sum(mel.shape[1] for _, _, mel in parts))
+    image = np.full((len(parts[0][2]), n), np.nan, np.float32)  # not a number where a window was silent
+    for start, seconds, mel in parts:
+        first, last = round(start / end * n), round((start + seconds) / end * n)
+        image[:, first:last] = mel[:, np.linspace(0, mel.shape[1] - 1, last - first).astype(int)]
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True, layout="constrained")
+    top = np.nanmax(image)
+    limits = {"vmin": max(top - 80, np.nanmin(image)), "vmax": top}
+    looks = {"origin": "lower", "aspect": "auto", "cmap": "magma", "extent": (0, end, -0.5, len(image) - 0.5)}
+    figure.colorbar(above.imshow(image, **looks, **limits), ax=above, label="Level (dB)")
+    mel_ticks(above, len(image), mel_config)
+    above.set(ylabel="Frequency (Hz)", xlim=(0, end))
+    above.set_title(os.fsencode(title).decode("utf-8", "replace"), parse_math=False, fontsize=9)
+    middle = [start + seconds / 2 for start, seconds, _ in parts]
+    for name, line, marker, shares in zip(names, LINES, "os^vDX", 100 * probabilities.T, strict=False):
+        below.plot(middle, shares, color=line, marker=marker, markersize=4 if len(middle) < 100 else 0, label=name)
+    below.set(xlabel="Time (s)", ylabel="Probability (%)", ylim=(0, 100))
+    below.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    save_picture(figure, path)
+    plt.close(figure)
 
 
 def plot_confidence(path, results, names):
@@ -529,6 +691,7 @@ def plot_confidence(path, results, names):
     figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     counts = results.predicted_class.value_counts()
     shown = results.sample(min(len(results), 3000), random_state=0)
+    np.random.seed(0)  # the points' jitter: the same picture for the same results
     seaborn.stripplot(
         shown, x="predicted_class", y="percent", order=names, color="#0072B2", size=2, alpha=0.5, jitter=0.3, ax=axes
     )
@@ -624,6 +787,14 @@ def write_report(output_dir, labelled, names):
 # Main
 
 
+def parse_shard(text):
+    """I/N of --shard, as a pair."""
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise argparse.ArgumentTypeError(f"{text}: take I/N, I from 0 to N - 1")
+    return int(i), int(n)
+
+
 def parse_args():
     """The command line, checked; a wrong one ends the program with exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -637,6 +808,16 @@ def parse_args():
     )
     parser.add_argument("--cpu", action="store_true", help="do not use the GPU")
     parser.add_argument("--visualize", action="store_true", help="a picture for each file")
+    parser.add_argument(
+        "--segments", action="store_true", help="classify longer files in windows, instead of cutting them"
+    )
+    parser.add_argument("--window", type=float, default=3.0, help="--segments: seconds a window (default 3)")
+    parser.add_argument("--step", type=float, default=1.5, help="--segments: seconds between starts (default 1.5)")
+    parser.add_argument("--min_confidence", type=float, metavar="P", help="0 to 1: below it, `uncertain` is yes")
+    parser.add_argument(
+        "--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0; then --merge"
+    )
+    parser.add_argument("--merge", action="store_true", help="join all shards' results, then sum up as one run does")
     parser.add_argument("--batch_size", type=int, default=64, help="files classified together (default 64)")
     parser.add_argument(
         "--workers",
@@ -652,6 +833,13 @@ def parse_args():
     for name in ("max_width", "batch_size", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}: take at least 1")
+    for name in ("window", "step"):
+        if not 0.1 <= getattr(args, name) <= 3600:
+            parser.error(f"--{name} is {getattr(args, name)}: take 0.1 to 3600 seconds")
+    if args.min_confidence is not None and not 0 <= args.min_confidence <= 1:
+        parser.error(f"--min_confidence is {args.min_confidence}: take 0 to 1")
+    if args.shard and args.merge:
+        parser.error("--merge joins what --shard made: give one of the two")
     return args
 
 
@@ -663,72 +851,37 @@ def picture_paths(paths, output_dir):
     return {path: folder / f"{stem if counts[stem] == 1 else path}.png" for path, stem in stems.items()}
 
 
+def classify_windows(windows, args, model, checkpoint, device):
+    """Yields (path, start, spectrogram or None, file's seconds, error or "", probabilities) for each window."""
+    config = checkpoint["mel_config"]
+    seconds = (args.max_width * config["hop_length"] + config["n_fft"]) / config["sample_rate"]
+    read = functools.partial(
+        read_clip, folder=args.folder, mel_config=config, seconds=args.window if args.segments else seconds
+    )
+    for some, clips in read_ahead(windows, read, args.workers, BATCHES_AT_ONCE * args.batch_size):
+        mels = [mel for mel, _, _ in clips]
+        probabilities = classify(mels, model, checkpoint, args.max_width, args.batch_size, device)
+        for (path, start), (mel, length, error), p in zip(some, clips, probabilities, strict=True):
+            shown = None
+            if args.visualize and mel is not None:  # of an hour not every frame: as many as a picture has room for
+                shown = mel[:, :: 1 + int(length / 60)] if args.segments else mel
+            yield path, start, shown, length, error, p
+
+
 def classify_all(args, paths, model, checkpoint, device, artists):
-    """Classifies the paths; rows go to the partial file as they are done. Returns how many clips were cut."""
-    classes, cut = checkpoint["classes"], 0
-    columns = ["file", "predicted_class", "predicted_code", "confidence", *(c["name"] for c in classes)]
-    columns += ["duration_s", "true_class", "error"]
-    partial = args.output_dir / "classification_results.csv.partial"
-    order = {cell(path): i for i, path in enumerate(paths)}
-    check_same_run(args, partial)
-    kept = [row for row in (read_partial(partial, columns) if args.resume else []) if row[0] in order and not row[-1]]
-    done = {row[0] for row in kept}
-    left = [path for path in paths if cell(path) not in done]
-    folder = args.input_dir if args.input_dir.is_dir() else args.input_dir.parent
-    read = functools.partial(read_clip, folder=folder, mel_config=checkpoint["mel_config"], max_width=args.max_width)
-    pictures = picture_paths(paths, args.output_dir)
-    write_rows(partial, "w", [columns, *kept])
-    with tqdm(total=len(left), desc="Classifying", unit="file") as bar:
-        for some, clips in read_ahead(left, read, args.workers, BATCHES_AT_ONCE * args.batch_size):
-            mels = [mel for mel, _, _ in clips]
-            probabilities = classify(mels, model, checkpoint, args.max_width, args.batch_size, device)
-            if artists:  # before the rows: a file with a row has its picture
-                draw_all(artists, [pictures[path] for path in some], some, mels, probabilities, checkpoint)
-            answers = zip(some, probabilities, clips, strict=True)
-            rows = [result_row(path, p, seconds, error, classes) for path, p, (_, seconds, error) in answers]
-            write_rows(partial, "a", rows)
-            cut += sum(mel is not None and mel.shape[1] > args.max_width for mel in mels)
-            bar.update(len(some))
-    if not args.input_dir.exists():
-        sys.exit(f"--input_dir {args.input_dir} went away during the run: bring it back and run again with --resume.")
-    if kept:
-        rows = sorted(read_partial(partial, columns), key=lambda row: order[row[0]])
-        with whole_file(partial) as temporary:
-            write_rows(temporary, "w", [columns, *rows])
-    os.replace(partial, args.output_dir / "classification_results.csv")
-    run_note(partial).unlink()
-    return cut
-
-
-def run_note(partial):
-    """The file beside a partial one that tells which run it is of."""
-    return partial.with_name(f"{partial.name}.run")
-
-
-def check_same_run(args, partial):
-    """Notes which run the partial file is of; ends the program if --resume would mix two."""
-    model = hashlib.sha256(args.model_path.read_bytes()).hexdigest()
-    now = f"model {model}\nmax_width {args.max_width}\ninput_dir {args.input_dir.resolve()}\n"
-    note = run_note(partial)
-    if args.resume and partial.exists() and note.exists() and note.read_text(errors="surrogateescape") != now:
-        sys.exit(
-            f"--resume: {partial} is of another model, --max_width or --input_dir: "
-            "give the same ones again, or leave --resume out to start anew."
-        )
-    with whole_file(note) as temporary:
-        Path(temporary).write_text(now, errors="surrogateescape")
-
-
-def draw_all(artists, pictures, titles, mels, probabilities, checkpoint):
-    """Draws a picture of each classified clip, in the drawing processes."""
-    names = tuple(c["name"] for c in checkpoint["classes"])
-    jobs = [
-        artists.submit(draw_clip, str(picture), title, mel, p.tolist(), names, checkpoint["mel_config"])
-        for picture, title, mel, p in zip(pictures, titles, mels, probabilities, strict=True)
-        if mel is not None
-    ]
-    for job in jobs:
-        job.result()
+    """Classifies the paths, file by file, into the tables of Results."""
+    results = Results(args, checkpoint, paths, artists)
+    left = [path for path in paths if cell(path) not in results.done]
+    windows = cut_windows(left, args.folder, args.window if args.segments else None, args.step)
+    with tqdm(total=len(windows), desc="Classifying", unit="window" if args.segments else "file") as bar:
+        answers = classify_windows(windows, args, model, checkpoint, device)
+        for n, (path, some) in enumerate(itertools.groupby(answers, key=lambda answer: answer[0]), start=1):
+            bar.update(results.add(path, some))
+            if n % (BATCHES_AT_ONCE * args.batch_size) == 0:
+                results.write()
+        if not args.input_dir.exists():
+            sys.exit(f"--input_dir {args.input_dir} went away during the run: bring it back and run it with --resume.")
+        results.finish()
 
 
 def follow_parent():
@@ -752,6 +905,82 @@ def drawing_processes(workers):
         artists.shutdown(cancel_futures=True)
 
 
+def table_name(kind, shard):
+    """The file name of the results or the segments, of all or of a shard."""
+    return f"{kind}.{shard[0]}-of-{shard[1]}.csv" if shard else f"{kind}.csv"
+
+
+def merge(output_dir, paths):
+    """Joins the shards' tables, sorted as one run would have them, and deletes the shards'."""
+    order, found = {cell(path): i for i, path in enumerate(paths)}, []
+    for kind in ("segments", "classification_results"):
+        shards = {path.name: path for path in output_dir.glob(f"{kind}.*-of-*.csv")}
+        n = next((int(name.split("-of-")[1].removesuffix(".csv")) for name in shards), 0)
+        lost = [f"{i}/{n}" for i in range(n) if table_name(kind, (i, n)) not in shards]
+        if lost or len(shards) != n or not n and kind == "classification_results":
+            sys.exit(
+                f"--merge: {output_dir} holds {len(shards)} shards' {kind}, not one of each"
+                f"{': run ' if lost else ''}{', '.join(f'--shard {part}' for part in lost)}."
+            )
+        found += [(kind, sorted(shards.values()))] if n else []
+    for kind, shards in found:
+        with open(shards[0], newline="", encoding="utf-8", errors="surrogateescape") as file:
+            columns = next(csv.reader(file))
+        rows = [row for path in shards for row in read_rows(path, columns)]
+        rows.sort(key=lambda row: order.get(row[0], len(order)))
+        with whole_file(output_dir / f"{kind}.csv") as temporary:
+            write_rows(temporary, "w", [columns, *rows])
+    for path in (path for _, shards in found for path in shards):
+        path.unlink()
+
+
+def write_run(output_dir, args, device, seconds):
+    """run.json: what it takes to repeat the run."""
+    modules = (librosa, matplotlib, np, pd, soundfile, torch)
+    run = {
+        "command": sys.argv,
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "model_sha256": hashlib.sha256(args.model_path.read_bytes()).hexdigest(),
+        "device": str(device),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in modules},
+        "seconds": round(seconds, 1),
+    }
+    with whole_file(output_dir / table_name("run", args.shard).replace(".csv", ".json")) as temporary:
+        Path(temporary).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8", errors="surrogateescape")
+
+
+def sum_up(args, checkpoint):
+    """Summary, pictures and closing lines of classification_results.csv; returns the exit status."""
+    path = args.output_dir / table_name("classification_results", args.shard)
+    results = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="surrogateescape")
+    failed, unheard = int((results.error != "").sum()), results.unheard_s[results.error == ""].astype(float)
+    if not args.shard:
+        remove_earlier(args.output_dir)
+    if failed < len(results) and not args.shard:
+        write_summary(args.output_dir, results, [c["name"] for c in checkpoint["classes"]])
+    if (unheard > 0).any():
+        print(
+            f"{(unheard > 0).sum()} files are longer than {args.max_width} frames: {unheard.sum():,.1f} s are unheard "
+            "(column unheard_s). --segments hears them all."
+        )
+    if args.min_confidence is not None:
+        print(f"{(results.uncertain == 'yes').sum()} files are uncertain: confidence under {args.min_confidence:g}.")
+    if failed:
+        print(f"{failed} of {len(results)} files could not be classified: the column `error` says why.")
+    if failed == len(results) and failed:
+        print(f"Results: {path}")
+        sys.exit(f"No file could be classified, the first because it is {results.error[0]}")
+    return 1 if args.strict and failed else 0
+
+
+def check_window(args, mel_config):
+    """Ends the program if --window is longer than what the model hears at once."""
+    most = args.max_width * mel_config["hop_length"] / mel_config["sample_rate"]
+    if args.segments and args.window > most:
+        sys.exit(f"--window {args.window:g} s is longer than --max_width, {args.max_width} frames ({most:.2f} s).")
+
+
 def main():
     """Loads the model, classifies, draws, sums up; returns the exit status."""
     args, started = parse_args(), time.perf_counter()
@@ -761,35 +990,24 @@ def main():
         device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
         model, checkpoint = load_checkpoint(args.model_path, device)
         args.max_width = args.max_width or checkpoint["max_width"]
+        check_window(args, checkpoint["mel_config"])
+        args.folder = args.input_dir if args.input_dir.is_dir() else args.input_dir.parent
         paths = find_files(args.input_dir)
         if not paths:
             empty = "holds no .wav or .flac file, nor does any folder below it."
             sys.exit(f"{args.input_dir} {empty if args.input_dir.is_dir() else 'is no folder, and no sound file.'}")
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        lock(args.output_dir)
-        print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {len(paths):,} files.")
-        cut = classify_all(args, paths, model, checkpoint, device, artists)
-    results = pd.read_csv(
-        args.output_dir / "classification_results.csv",
-        dtype=str,
-        keep_default_na=False,
-        encoding_errors="surrogateescape",
-    )
-    failed = int((results.error != "").sum())
-    remove_earlier(args.output_dir)
-    if failed < len(results):
-        write_summary(args.output_dir, results, [c["name"] for c in checkpoint["classes"]])
-    if cut:
-        seconds = args.max_width * checkpoint["mel_config"]["hop_length"] / checkpoint["mel_config"]["sample_rate"]
-        print(
-            f"{cut} clips are longer than --max_width, {args.max_width} frames ({seconds:.1f} s): the rest is unheard."
-        )
-    if failed:
-        print(f"{failed} of {len(results)} files could not be classified: the column `error` says why.")
-    print(f"{time.perf_counter() - started:.1f} s. Results: {args.output_dir / 'classification_results.csv'}")
-    if failed == len(results):
-        sys.exit(f"No file could be classified, the first because it is {results.error[0]}")
-    return 1 if args.strict and failed else 0
+        if args.merge:
+            merge(args.output_dir, paths)
+        else:
+            paths = [path for path in paths if in_shard(path, args.shard)]
+            print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {len(paths):,} files.")
+            classify_all(args, paths, model, checkpoint, device, artists)
+    status = sum_up(args, checkpoint)
+    seconds = time.perf_counter() - started
+    write_run(args.output_dir, args, device, seconds)
+    print(f"{seconds:.1f} s. Results: {args.output_dir / table_name('classification_results', args.shard)}")
+    return status
 
 
 if __name__ == "__main__":

@@ -88,8 +88,8 @@ NAME_MAX = 255  # bytes in a file name on every usual file system
 # Reading
 
 
-def load_audio(path, sample_rate, hop_length):
-    """Decodes a sound file to mono at sample_rate.
+def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
+    """Decodes a sound file, or `seconds` of it from `start` on, to mono at sample_rate.
 
     Returns float32 (samples,), full scale 1. Channels are averaged; other rates are resampled
     with soxr's high-quality filter. Raises ValueError, with the reason in words, for whatever
@@ -105,7 +105,10 @@ def load_audio(path, sample_rate, hop_length):
     if not head:
         raise ValueError("empty: the file has 0 bytes")
     try:
-        samples, rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            rate = file.samplerate
+            file.seek(int(start * rate))
+            samples = file.read(-1 if seconds is None else math.ceil(seconds * rate), "float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
         raise ValueError(f"unreadable: {getattr(error, 'error_string', error)}") from error
     if not len(samples):
