@@ -81,17 +81,21 @@ HIDDEN = 512  # LSTM units in each direction
 HEADS = 8  # of the self-attention
 DROPOUT = 0.3
 # training
-BATCH_SIZE = 64
-EPOCHS = 20
-LEARNING_RATE = 5e-4
+BATCH_SIZE = 64  # of each process under torchrun
+EPOCHS = 16
+LEARNING_RATE = 2.5e-4  # under torchrun times the square root of the number of processes
 WARMUP_EPOCHS = 1  # the learning rate rises linearly from 0; 0 = off
 WEIGHT_DECAY = 0.01
 LABEL_SMOOTHING = 0.1  # 0 = off
 TIME_MASK = 16  # frames hidden in each training clip, at most; 0 = off
 MEL_MASK = 16  # mel bands hidden, at most; 0 = off
-MIXUP = 0.3  # mixes pairs of training clips, shares drawn from Beta(MIXUP, MIXUP); 0 = off
+TIME_WARP = 0.1  # training clips are slowed or quickened, at most by this share; 0 = off
+MEL_SHIFT = 2  # and moved up or down, at most by this many mel bands; 0 = off
+TONE = 2.0  # dB, standard deviation of a random tone curve: other rooms and microphones; 0 = off
 AVERAGING = 0.997  # decay a step of the averaged weights, which are what is validated and saved; 0 = off
 GRADIENT_CLIP = 1.0  # norm
+DECAY_AFTER = 9  # epochs; after each later one the learning rate is multiplied
+LR_DECAY = 0.65  # by this; 1 = off
 LR_FACTOR = 0.5  # of ReduceLROnPlateau
 LR_PATIENCE = 1  # epochs without a better validation accuracy before the rate falls
 PATIENCE = 8  # epochs without a better validation accuracy before training stops
@@ -101,11 +105,14 @@ RESUME = False  # True: go on from last_checkpoint.pth
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 AMP = "auto"  # mixed precision where the processor gains by it; "off": float32
 
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these: which of its processes this is,
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # of how many
 EMOTIONS = {"ANG": "Angry", "DIS": "Disgust", "FEA": "Fear", "HAP": "Happy", "NEU": "Neutral", "SAD": "Sad"}
 VARIANT_NAMES = ("original", "time_shift_pos", "time_shift_neg", "pitch_up", "pitch_down",
             "stretch_fast", "stretch_slow", "noise_low", "noise_medium")  # fmt: skip
 MEL_SETTINGS = ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")
 FORMAT_VERSION = 1
+NO_SETTINGS = {"F", "EMOTIONS", "NO_SETTINGS", "FREE_TO_CHANGE", "RANK"}
 FREE_TO_CHANGE = {"MEL_DIR", "OUTPUT_DIR", "EPOCHS", "PATIENCE", "RESUME", "DEVICE"}  # between a run and its resumption
 
 
@@ -126,11 +133,16 @@ def check_constants():
         ("MEL_DIR OUTPUT_DIR SPLIT DEVICE", lambda v: isinstance(v, str) and v, "a text in quotes"),
         ("WEIGHTED_SAMPLING RESUME", lambda v: isinstance(v, bool), "True or False"),
         ("MAX_WIDTH EPOCHS PATIENCE HIDDEN HEADS", lambda v: whole(v, 1), "a whole number, at least 1"),
-        ("WARMUP_EPOCHS TIME_MASK MEL_MASK LR_PATIENCE SEED", lambda v: whole(v, 0), "a whole number, at least 0"),
+        (
+            "WARMUP_EPOCHS TIME_MASK MEL_MASK MEL_SHIFT DECAY_AFTER LR_PATIENCE SEED",
+            lambda v: whole(v, 0),
+            "a whole number, at least 0",
+        ),
         ("BATCH_SIZE", lambda v: whole(v, 2), "a whole number, at least 2: batch norm cannot train on one clip"),
-        ("DROPOUT LABEL_SMOOTHING", lambda v: real(v, 0, 0.99), "a number from 0 to 0.99"),
+        ("DROPOUT LABEL_SMOOTHING TIME_WARP", lambda v: real(v, 0, 0.99), "a number from 0 to 0.99"),
         ("AVERAGING", lambda v: real(v, 0, 0.99999), "a number from 0 to 0.99999"),
-        ("WEIGHT_DECAY MIXUP", lambda v: real(v, 0, 10), "a number from 0 to 10"),
+        ("WEIGHT_DECAY TONE", lambda v: real(v, 0, 10), "a number from 0 to 10"),
+        ("LR_DECAY", lambda v: real(v, 1e-12, 1), "a number over 0, at most 1"),
         ("LEARNING_RATE GRADIENT_CLIP", lambda v: real(v, 1e-12, math.inf), "a number over 0"),
         ("LR_FACTOR", lambda v: real(v, 1e-12, 0.99), "a number between 0 and 1"),
         ("AMP", lambda v: v in ("auto", "off"), '"auto" or "off"'),
@@ -152,6 +164,8 @@ def check_constants():
 def pick_device():
     """The device of DEVICE, and the number type of mixed precision (None: float32), by capability."""
     name = DEVICE if DEVICE != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and PROCESSES > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -163,6 +177,23 @@ def pick_device():
         return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     able = torch.cpu.get_capabilities()
     return device, torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else None
+
+
+def join_processes(device):
+    """Under torchrun: brings its processes together, NCCL on GPUs, Gloo on CPUs; rank 0 alone speaks and writes."""
+    if PROCESSES > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
+def agreed(value):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if PROCESSES > 1:
+        torch.distributed.broadcast_object_list(box)
+    return box[0]
 
 
 def read_mel_config(mel_dir):
@@ -253,8 +284,11 @@ def assign_split(clips):
     for name in ("train", "val", "test"):
         if not (clips.split == name).any():
             sys.exit(f"SPLIT = {SPLIT!r} leaves no clip to {name}: train, val and test each need some.")
-    if (n_train := (clips.split == "train").sum()) < BATCH_SIZE:
-        sys.exit(f"BATCH_SIZE = {BATCH_SIZE}, but there are {n_train} spectrograms to train on: lower BATCH_SIZE.")
+    if (n_train := (clips.split == "train").sum()) < BATCH_SIZE * PROCESSES:
+        each = f" for each of {PROCESSES} processes" if PROCESSES > 1 else ""
+        sys.exit(
+            f"BATCH_SIZE = {BATCH_SIZE}{each}, but there are {n_train} spectrograms to train on: lower BATCH_SIZE."
+        )
     return clips
 
 
@@ -285,7 +319,7 @@ class Spectrograms:
         most = sum(os.path.getsize(path) for path in clips.path) // (4 * n_mels)
         frames, start, length = np.empty((most, n_mels), np.float32), [], []
         at = 0
-        for path in tqdm(clips.path, desc="Reading", unit="file", leave=False):
+        for path in tqdm(clips.path, desc="Reading", unit="file", leave=False, disable=RANK > 0):
             mel = read_spectrogram(path, n_mels)[:MAX_WIDTH]
             frames[at : at + len(mel)] = mel
             start.append(at)
@@ -316,12 +350,16 @@ class Spectrograms:
         return self.frames[self.start[i] : self.start[i] + self.length[i]]
 
     def batch(self, index, device):
-        """Clips padded with zeros to a multiple of 8: (clips, frames, mel bands), lengths on the CPU, labels."""
-        length = self.length[index]
+        """Training clips, each at a speed of its own by TIME_WARP, padded with zeros to a multiple of 8 frames.
+
+        Returns (clips, frames, mel bands), lengths on the CPU, labels.
+        """
+        rate = torch.exp(TIME_WARP * (2 * torch.rand(len(index)) - 1))
+        length = (self.length[index] / rate).ceil().long().clamp(max=MAX_WIDTH)
         step = torch.arange(-(-int(length.max()) // 8) * 8)  # few different widths: oneDNN keeps memory for each
-        at = self.start[index, None] + step.minimum(length[:, None] - 1)
+        at = (step * rate[:, None]).long().minimum(self.length[index, None] - 1) + self.start[index, None]
         x = self.frames[at.to(self.frames.device)].to(device)
-        return x * (step < length[:, None]).to(device)[:, :, None], length, self.label[index].to(device)
+        return x * inside(length, len(step)).to(device)[:, :, None], length, self.label[index].to(device)
 
 
 # --------------------------------------------------------------------------------------
@@ -448,16 +486,32 @@ def logits_of(model, spectrograms, batch_size, device):
 
 
 def draw_epoch(data, train, generator):
-    """One epoch's batches of clip numbers: first the draw, each emotion as often, then like lengths together."""
-    n = len(train) // BATCH_SIZE * BATCH_SIZE  # whole batches: batch norm cannot train on one clip
+    """One epoch's batches of clip numbers: first the draw, each emotion as often, then like lengths together.
+
+    Under torchrun a batch is of all processes together: each takes every PROCESSES-th clip of it.
+    """
+    batch = BATCH_SIZE * PROCESSES
+    n = len(train) // batch * batch  # whole batches: batch norm cannot train on one clip
     if WEIGHTED_SAMPLING:
         class_weights = 1.0 / data.label[train].bincount(minlength=len(EMOTIONS)).clamp(min=1)
         drawn = torch.multinomial(class_weights[data.label[train]], n, replacement=True, generator=generator)
     else:
         drawn = torch.randperm(len(train), generator=generator)[:n]
     drawn = train[drawn]
-    batches = drawn[data.length[drawn].argsort()].view(-1, BATCH_SIZE)
+    batches = drawn[data.length[drawn].argsort()].view(-1, batch)
     return batches[torch.randperm(len(batches), generator=generator)]
+
+
+def vary(x, lengths, std):
+    """Moves each clip by MEL_SHIFT and adds a tone curve by TONE: in effect another voice, room and microphone.
+
+    x: normalised (B, T, M); std: dB a unit of each mel band (M,). Still zero past each clip's frames.
+    """
+    curve = F.interpolate(TONE * torch.randn(len(x), 1, 5), size=x.shape[2], mode="linear", align_corners=True)
+    band = torch.arange(x.shape[2]) + torch.randint(-MEL_SHIFT, MEL_SHIFT + 1, (len(x), 1))
+    band = band.clamp(0, x.shape[2] - 1)[:, None, :].to(x.device)
+    x = x.gather(2, band.expand_as(x)) + (curve / std).to(x.device)
+    return x * inside(lengths, x.shape[1]).to(x.device)[:, :, None]
 
 
 def hide_parts(x, lengths):
@@ -474,14 +528,6 @@ def hide_parts(x, lengths):
     return x
 
 
-def mix_clips(x, lengths, target):
-    """Mixes each clip and its target with another's of the batch (Zhang et al., "mixup", arXiv:1710.09412)."""
-    share = torch.distributions.Beta(MIXUP, MIXUP).sample().item()
-    other = torch.randperm(len(x))
-    mixed = (share * part + (1 - share) * part[other.to(part.device)] for part in (x, target))
-    return next(mixed), lengths.maximum(lengths[other]), next(mixed)
-
-
 @torch.no_grad()
 def average_weights(average, weights, n):
     """One step of the moving average of the weights; its first steps forget faster, to lose the random start."""
@@ -492,35 +538,38 @@ def average_weights(average, weights, n):
 
 def train_epoch(run, epoch):
     """One pass over the training draw; returns mean loss and accuracy. Ends the program if the loss is no number."""
-    torch.manual_seed(SEED * 100_003 + epoch)  # an epoch depends on its number alone: resuming repeats it
-    batches = draw_epoch(run.data, run.sides["train"], torch.default_generator)
-    total, right = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
+    seed = SEED * 100_003 + epoch  # an epoch depends on its number alone: resuming repeats it
+    batches = draw_epoch(run.data, run.sides["train"], torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed + (RANK << 32))
+    total = torch.zeros(2, device=run.device)  # loss, right answers
+    std = torch.tensor(run.normalization["std"])
     run.model.train()
-    for step, index in enumerate(tqdm(batches, desc=f"Epoch {epoch}", unit="batch", leave=False), start=1):
+    bar = tqdm(batches[:, RANK::PROCESSES], desc=f"Epoch {epoch}", unit="batch", leave=False, disable=RANK > 0)
+    for step, index in enumerate(bar, start=1):
         if epoch <= WARMUP_EPOCHS:
-            run.optimizer.param_groups[0]["lr"] = LEARNING_RATE * (epoch - 1 + step / len(batches)) / WARMUP_EPOCHS
+            run.optimizer.param_groups[0]["lr"] = run.highest_rate * (epoch - 1 + step / len(batches)) / WARMUP_EPOCHS
         x, lengths, label = run.data.batch(index, run.device)
-        x, target = hide_parts(x, lengths), F.one_hot(label, len(EMOTIONS)).float()
-        if MIXUP:
-            x, lengths, target = mix_clips(x, lengths, target)
+        x = hide_parts(vary(x, lengths, std), lengths)
         with torch.autocast(run.device.type, run.amp, enabled=run.amp is not None):
-            logits = run.model(x, lengths)
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=LABEL_SMOOTHING)
+            logits = run.parallel(x, lengths)
+        loss = F.cross_entropy(logits.float(), label, label_smoothing=LABEL_SMOOTHING)
         run.scaler.scale(loss).backward()
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), GRADIENT_CLIP)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad()
-        total += loss.detach()  # no .item() here: it would wait for the GPU at every batch
-        right += (logits.argmax(1) == target.argmax(1)).sum()
+        total += torch.stack([loss.detach(), (logits.argmax(1) == label).sum()])  # .item() would wait for the GPU
         run.average.update_parameters(run.model)
-    if not math.isfinite(total):
+    if PROCESSES > 1:
+        torch.distributed.all_reduce(total)
+    loss, accuracy = float(total[0]) / len(batches) / PROCESSES, float(total[1]) / batches.numel()
+    if not math.isfinite(loss):
         sys.exit(
-            f"The training loss is {float(total)} in epoch {epoch}: lower LEARNING_RATE ({LEARNING_RATE:g}), or set "
+            f"The training loss is {loss} in epoch {epoch}: lower LEARNING_RATE ({LEARNING_RATE:g}), or set "
             f'AMP = "off". What is in {OUTPUT_DIR} is from the epochs before.'
         )
-    return float(total) / len(batches), float(right) / batches.numel()
+    return loss, accuracy
 
 
 def validate(run, epoch, loss, accuracy, seconds):
@@ -535,7 +584,9 @@ def validate(run, epoch, loss, accuracy, seconds):
         "val_uar": uar(label, logits.argmax(1)),
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "seconds": round(seconds, 2),
-        "train_clips_per_s": round(len(run.sides["train"]) // BATCH_SIZE * BATCH_SIZE / seconds, 1),
+        "train_clips_per_s": round(
+            len(run.sides["train"]) // (BATCH_SIZE * PROCESSES) * BATCH_SIZE * PROCESSES / seconds, 1
+        ),
     }
     return row, logits, label
 
@@ -545,21 +596,33 @@ def train(run):
     while len(run.history) < EPOCHS and len(run.history) - run.best_epoch < PATIENCE:
         epoch, started = len(run.history) + 1, time.perf_counter()
         loss, accuracy = train_epoch(run, epoch)
-        row, logits, label = validate(run, epoch, loss, accuracy, time.perf_counter() - started)
+        row, logits, label = None, None, None
+        if RANK == 0:
+            row, logits, label = validate(run, epoch, loss, accuracy, time.perf_counter() - started)
+        row = agreed(row)
         run.history.append(row)
         if epoch > WARMUP_EPOCHS:
             run.scheduler.step(row["val_accuracy"])
-        if row["val_accuracy"] > run.best_accuracy:
+        if epoch > DECAY_AFTER:
+            run.optimizer.param_groups[0]["lr"] *= LR_DECAY
+        if best := row["val_accuracy"] > run.best_accuracy:
             run.best_accuracy, run.best_epoch = row["val_accuracy"], epoch
-            run.save_best(fit_temperature(logits, label))
-        run.save()
-        print(
-            f"epoch {epoch:3d}/{EPOCHS}  loss {loss:.3f} {row['val_loss']:.3f}  "
-            f"accuracy {100 * accuracy:4.1f} {100 * row['val_accuracy']:4.1f} %  UAR {100 * row['val_uar']:4.1f} %  "
-            f"lr {row['learning_rate']:.1e}  {row['seconds']:.0f} s  "
-            f"at most {(EPOCHS - epoch) * row['seconds'] / 60:.0f} min left{'  *' if run.best_epoch == epoch else ''}",
-            flush=True,
-        )
+        if RANK == 0:
+            if best:
+                run.save_best(fit_temperature(logits, label))
+            run.save()
+            print_epoch(row, best)
+
+
+def print_epoch(row, best):
+    """The epoch's line."""
+    print(
+        f"epoch {row['epoch']:3d}/{EPOCHS}  loss {row['train_loss']:.3f} {row['val_loss']:.3f}  "
+        f"accuracy {100 * row['train_accuracy']:4.1f} {100 * row['val_accuracy']:4.1f} %  "
+        f"UAR {100 * row['val_uar']:4.1f} %  lr {row['learning_rate']:.1e}  {row['seconds']:.0f} s  "
+        f"at most {(EPOCHS - row['epoch']) * row['seconds'] / 60:.0f} min left{'  *' if best else ''}",
+        flush=True,
+    )
 
 
 def uar(true, predicted):
@@ -706,9 +769,13 @@ class Run:
         }  # fmt: skip
         torch.manual_seed(SEED)
         self.model = EmotionClassifier(**self.model_config).to(device, memory_format=torch.channels_last)
+        self.parallel = self.model
+        if PROCESSES > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(self.model)
         self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average_weights, use_buffers=True)
+        self.highest_rate = LEARNING_RATE * math.sqrt(PROCESSES)  # Malladi et al., arXiv:2205.10287
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+            self.model.parameters(), self.highest_rate, weight_decay=WEIGHT_DECAY, fused=True
         )
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "max", factor=LR_FACTOR, patience=LR_PATIENCE
@@ -759,7 +826,7 @@ class Run:
         best = self.output_dir / "best_model.pth"
         if not path.exists():
             print(f"RESUME = True, but there is no {path} yet: starting with epoch 1.")
-            return keep_previous(self.output_dir)
+            return keep_previous(self.output_dir) if RANK == 0 else None
         if not best.exists():
             sys.exit(f"RESUME = True, but {best} is gone: put it back, or set RESUME = False to start anew.")
         try:
@@ -880,6 +947,13 @@ def write_test(run, logits, label, temperature):
     plot_confusion(run.output_dir / "confusion_matrix.png", label, predicted, names, title)
 
 
+def write_split(clips, path):
+    """split.csv: who trains, validates, tests."""
+    columns = ["stem", "actor", "emotion", "split"]
+    with whole_file(path) as temporary:
+        clips.drop_duplicates("stem")[columns].to_csv(temporary, index=False, errors="surrogateescape")
+
+
 def print_setup(run):
     """Constants, split and device, before the first epoch."""
     print(textwrap.fill("  ".join(f"{name} = {value!r}" for name, value in run.settings.items()), 118))
@@ -928,7 +1002,7 @@ def parse_args():
 
 def configuration(clips, mel_config, normalization):
     """The constants, mel settings, fingerprints of split and data: what a resumed run must share with the first."""
-    names = [name for name in globals() if name.isupper() and name not in ("F", "EMOTIONS", "FREE_TO_CHANGE")]
+    names = [name for name in globals() if name.isupper() and name not in NO_SETTINGS]
     split = clips[["stem", "variant", "split"]].to_csv(index=False).encode("utf-8", "surrogateescape")
     data = json.dumps(normalization).encode()
     prints = {"SPLIT_SHA256": hashlib.sha256(split).hexdigest(), "DATA_SHA256": hashlib.sha256(data).hexdigest()}
@@ -940,20 +1014,26 @@ def main():
     parse_args()
     check_constants()
     started, (device, amp), output_dir = time.perf_counter(), pick_device(), Path(OUTPUT_DIR)
+    join_processes(device)
     torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
     mel_config = read_mel_config(Path(MEL_DIR))
     clips = assign_split(list_clips(Path(MEL_DIR)))
     output_dir.mkdir(parents=True, exist_ok=True)
-    lock(output_dir)
+    if RANK == 0:
+        lock(output_dir)
     run = Run(clips, mel_config, device, amp)
     print_setup(run)
-    run.resume() if RESUME else keep_previous(output_dir)
-    with whole_file(output_dir / "split.csv") as temporary:
-        clips.drop_duplicates("stem")[["stem", "actor", "emotion", "split"]].to_csv(
-            temporary, index=False, errors="surrogateescape"
-        )
+    if RESUME:
+        run.resume()
+    elif RANK == 0:
+        keep_previous(output_dir)
+    if RANK == 0:
+        write_split(clips, output_dir / "split.csv")
     train(run)
-    finish(run, time.perf_counter() - started)
+    if RANK == 0:
+        finish(run, time.perf_counter() - started)
+    if PROCESSES > 1:
+        torch.distributed.destroy_process_group()
     return 0
 
 

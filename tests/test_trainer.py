@@ -234,16 +234,42 @@ def test_plateau_lowers_the_learning_rate(stubbed):
     assert [row["learning_rate"] for row in run.history] == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
 
 
-def test_mixup_mixes_clips_lengths_and_targets_alike(constants):
-    constants(MIXUP=0.3)
+def test_learning_rate_decays_after_so_many_epochs(stubbed, constants):
+    constants(DECAY_AFTER=2, LR_DECAY=0.5)
+    run = stubbed([0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5])
+    assert [row["learning_rate"] for row in run.history][:5] == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.025])
+
+
+def test_varied_clips_move_by_bands_and_by_a_smooth_curve(constants):
+    constants(MEL_SHIFT=3, TONE=0.0)
     torch.manual_seed(0)
-    lengths, target = torch.tensor([5, 7, 9]), torch.eye(3)
-    x = torch.eye(3)[:, None, :].expand(3, 9, 3).clone()  # each clip says which it is
-    mixed, longer, soft = trainer.mix_clips(x, lengths, target)
-    assert torch.equal(mixed[:, 0], soft) and torch.allclose(soft.sum(1), torch.ones(3))
-    assert (soft.diagonal() < 1).any(), "nothing was mixed"
-    for row, length in zip(soft, longer, strict=True):
-        assert length == max(lengths[row > 0])
+    lengths = torch.tensor([9, 5] * 20)
+    x = torch.arange(32.0).expand(40, 9, 32) * trainer.inside(lengths, 9)[:, :, None]
+    moved = trainer.vary(x, lengths, torch.ones(32))[:, 0, 3:-3] - x[:, 0, 3:-3]
+    assert set(moved.unique().tolist()) == {-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0} and (moved == moved[:, :1]).all()
+    constants(MEL_SHIFT=0, TONE=2.0)
+    lengths = torch.tensor([9, 5] * 500)
+    varied = trainer.vary(torch.zeros(1000, 9, 32), lengths, torch.full((32,), 4.0))
+    assert (varied[1::2, 5:] == 0).all() and torch.equal(varied[:, 0], varied[:, 4])
+    assert varied[:, 0, 0].std() == pytest.approx(0.5, abs=0.05)  # 2 dB where a unit is 4
+    assert varied[:, 0].diff(dim=1).abs().max() < 0.5
+
+
+def test_warped_clips_are_whole_and_at_another_speed(constants):
+    constants(TIME_WARP=0.2, MAX_WIDTH=90)
+    data = trainer.Spectrograms.__new__(trainer.Spectrograms)
+    data.frames = torch.arange(1.0, 181.0)[:, None].expand(180, 3)
+    data.start, data.length, data.label = torch.tensor([0, 100]), torch.tensor([100, 80]), torch.tensor([0, 1])
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(50):
+        x, lengths, label = data.batch(torch.tensor([1, 0, 1]), torch.device("cpu"))
+        assert x.shape[1] % 8 == 0 and lengths.max() <= 90 and label.tolist() == [1, 0, 1]
+        seen |= set(lengths[[0, 2]].tolist())
+        for clip, n in zip(x[[0, 2], :, 0], lengths[[0, 2]], strict=True):
+            assert (clip[n:] == 0).all() and clip[0] == 101 and (clip[:n].diff() >= 0).all()
+            assert n == 90 or 178 <= clip[n - 1] <= 180
+    assert min(seen) < 70 and max(seen) == 90 and len(seen) > 10
 
 
 def test_averaged_weights_are_a_moving_average(constants):
