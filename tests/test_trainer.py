@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import generate, train
+from conftest import TOY, generate, run, train
+from editing import edited_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -405,3 +407,44 @@ def test_damaged_spectrograms_are_named(mels, tmp_path, damage, word):
     damage(path)
     text = train(tmp_path / "run", tmp_path / "mels", code=1)
     assert re.search(word, text) and path.name[:10] in text
+
+
+# ---- torchrun
+
+
+def torchrun(script, code=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode == 0) == (code == 0), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_two_processes_train_as_one_and_resume(mels, tmp_path):
+    def script(name, **constants):
+        return edited_trainer(tmp_path / name, **TOY | {"MEL_DIR": str(mels), "OUTPUT_DIR": str(tmp_path / name / "output"), "BATCH_SIZE": 8, "AMP": "off"} | constants)
+
+    text = torchrun(script("whole"))
+    assert text.count("epoch   1/2") == 1, "one process speaks"
+    rows = history(tmp_path / "whole/output")
+    metrics = json.loads((tmp_path / "whole/output/metrics.json").read_text())
+    best = rows[metrics["best_epoch"] - 1]
+    assert len(rows) == 2 and float(best["val_accuracy"]) == pytest.approx(metrics["val"]["accuracy"])  # read back by one process
+    torchrun(script("cut", EPOCHS=1))
+    torchrun(script("cut", RESUME=True))
+    assert history(tmp_path / "cut/output") == rows
+    text = run(script("cut", RESUME=True, EPOCHS=3), code=1)
+    assert "PROCESSES was 2, now 1" in text
+    text = torchrun(script("nan", LEARNING_RATE=1e6, GRADIENT_CLIP=1e30, WARMUP_EPOCHS=0, EPOCHS=50, PATIENCE=50), code=1)
+    assert "loss is" in text
+
+
+def test_processes_share_one_draw(constants):
+    """Both ranks' clips together are the draw of a batch twice the size, and each rank's have like lengths."""
+    constants(BATCH_SIZE=8, PROCESSES=2)
+    data = trainer.Spectrograms.__new__(trainer.Spectrograms)
+    data.label, data.length = torch.arange(96) % 6, torch.arange(96) + 10
+    batches = trainer.draw_epoch(data, torch.arange(96), torch.Generator().manual_seed(0))
+    assert batches.shape == (6, 16)
+    shares = [batches[:, rank::2] for rank in (0, 1)]
+    assert torch.equal(torch.cat(shares, 1).sort(1).values, batches.sort(1).values)
+    assert (data.length[shares[0]].float().mean(1) - data.length[shares[1]].float().mean(1)).abs().max() < 8
