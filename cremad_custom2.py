@@ -10,8 +10,10 @@ On a laptop without a GPU, EPOCHS = 5 shows within minutes that all is well. Wri
     last_checkpoint.pth      after every epoch: set RESUME = True and run again to go on from it
     history.csv              losses, accuracies, learning rate, seconds of every epoch
     training_history.png, confusion_matrix.png, classification_report.txt
+    test_report.png          accuracy by actor and intensity; confidence against accuracy
     metrics.json             accuracy, UAR, macro-F1, calibration error, on test and validation
     test_predictions.csv     a row for each test clip; split.csv: who trained, validated, tested
+    run.json                 constants, versions, platform: what it takes to repeat the run
 
 Exit status: 0 finished, 1 had to stop, 2 wrong arguments, 130 Ctrl-C.
 """
@@ -21,6 +23,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import multiprocessing
@@ -744,6 +747,55 @@ def plot_history(path, history, best_epoch):
     plt.close(figure)
 
 
+def reliability(probabilities, label, bins=10):
+    """Mean confidence and accuracy (%) of the clips in each bin of confidence that has any."""
+    confidence, predicted = probabilities.max(1)
+    right, which = (predicted == label).float(), (confidence * bins).long().clamp(max=bins - 1)
+    return zip(
+        *[(100 * confidence[which == b].mean(), 100 * right[which == b].mean()) for b in which.unique()], strict=True
+    )
+
+
+def plot_report(path, stems, actors, logits, label, temperature):
+    """Accuracy by actor, sorted, and by intensity where names tell it; confidence against accuracy."""
+    right = pd.Series((logits.argmax(1) == label).numpy() * 100.0)
+    figure, places = plt.subplot_mosaic(
+        [["actor", "actor"], ["intensity", "sure"]], figsize=(7, 5.6), layout="constrained"
+    )
+    by_actor = right.groupby(actors).mean().sort_values()
+    level = [(stem.upper().split("_") + [""] * 4)[3] for stem in stems]
+    names = {"LO": "low", "MD": "medium", "HI": "high", "XX": "not told"}
+    by_level = right.groupby(level).agg(["mean", "size"]).reindex([code for code in names if code in level])
+    places["actor"].bar(by_actor.index.astype(str), by_actor, color="#0072B2")
+    places["actor"].axhline(right.mean(), color="#D55E00", linestyle="--", label=f"all clips, {right.mean():.1f} %")
+    places["actor"].set(xlabel="Test actor", ylabel="Accuracy (%)", ylim=(0, 100))
+    places["actor"].tick_params(axis="x", rotation=90 if len(by_actor) > 12 else 0)
+    places["actor"].legend(fontsize=8)
+    bars = [f"{names[code]}\n({n})" for code, n in by_level["size"].items()]
+    places["intensity"].bar(bars, by_level["mean"], color="#0072B2")
+    places["intensity"].set(xlabel="Intensity (clips)", ylabel="Accuracy (%)", ylim=(0, 100))
+    for divisor, words, colour, style in ((1.0, "before", "#E69F00", ":"), (temperature, "after", "#0072B2", "-")):
+        confidence, accuracy = reliability((logits / divisor).softmax(1), label)
+        places["sure"].plot(confidence, accuracy, style, color=colour, marker="o", label=f"{words} temperature")
+    places["sure"].plot([0, 100], [0, 100], color="#555555", linestyle="--", linewidth=1)
+    places["sure"].set(xlabel="Confidence (%)", ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+    places["sure"].legend(fontsize=8)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=200)
+    plt.close(figure)
+
+
+def worst_mistakes(probabilities, label, stems, n=10):
+    """The wrong answers given with most confidence: stem, true and predicted class, confidence."""
+    names, (confidence, predicted) = list(EMOTIONS.values()), probabilities.max(1)
+    order = [i for i in confidence.argsort(descending=True).tolist() if predicted[i] != label[i]][:n]
+    keys = ("stem", "true_class", "predicted_class", "confidence")
+    return [
+        dict(zip(keys, (stems[i], names[label[i]], names[predicted[i]], float(confidence[i])), strict=True))
+        for i in order
+    ]
+
+
 def save_tensors(state, path):
     """torch.save, with a full disk told as the OSError that it is."""
     try:
@@ -910,6 +962,9 @@ def finish(run, seconds):
         logits, label = run.logits(side, model)
         actors = run.clips.actor[run.sides[side].numpy()].to_numpy()
         metrics[side] = measure(logits, label, actors, temperature)
+    probabilities, stems = (logits / temperature).softmax(1), run.clips.stem[run.sides["test"].numpy()].to_numpy()
+    metrics["most_confident_mistakes"] = worst_mistakes(probabilities, label, stems)
+    plot_report(run.output_dir / "test_report.png", stems, actors, logits, label, temperature)
     metrics |= {
         "best_epoch": checkpoint["epoch"],
         "epochs": len(run.history),
@@ -924,6 +979,15 @@ def finish(run, seconds):
     }
     with whole_file(run.output_dir / "metrics.json") as temporary:
         Path(temporary).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    with whole_file(run.output_dir / "run.json") as temporary:
+        record = run_record(
+            seconds,
+            "matplotlib numpy pandas scikit-learn seaborn torch".split(),
+            constants=run.settings,
+            device=run.device,
+            number_type=run.amp,
+        )
+        Path(temporary).write_text(record, encoding="utf-8")
     write_test(run, logits, label, temperature)
     plot_history(run.output_dir / "training_history.png", run.history, checkpoint["epoch"])
     print_summary(run.output_dir, metrics)
@@ -952,6 +1016,13 @@ def write_split(clips, path):
     columns = ["stem", "actor", "emotion", "split"]
     with whole_file(path) as temporary:
         clips.drop_duplicates("stem")[columns].to_csv(temporary, index=False, errors="surrogateescape")
+
+
+def run_record(seconds, packages, **details):
+    """run.json, as text: what it takes to repeat the run."""
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    run = {"command": sys.argv} | details | {"platform": platform.platform(), "versions": versions}
+    return json.dumps(run | {"seconds": round(seconds, 1)}, indent=2, default=str) + "\n"
 
 
 def print_setup(run):

@@ -21,6 +21,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -753,6 +754,13 @@ def write_summary(output_dir, results, names):
         write_report(output_dir, labelled, names)
 
 
+def run_record(seconds, packages, **details):
+    """run.json, as text: what it takes to repeat the run."""
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    run = {"command": sys.argv} | details | {"platform": platform.platform(), "versions": versions}
+    return json.dumps(run | {"seconds": round(seconds, 1)}, indent=2, default=str) + "\n"
+
+
 def remove_earlier(output_dir):
     """Deletes an earlier run's summary, so that none stands beside results it is not of, and killed runs' leftovers."""
     names = ("summary.csv", "confidence_distribution.png", "confusion_matrix.png", "classification_report.txt")
@@ -934,22 +942,6 @@ def merge(output_dir, paths):
         path.unlink()
 
 
-def write_run(output_dir, args, device, seconds):
-    """run.json: what it takes to repeat the run."""
-    modules = (librosa, matplotlib, np, pd, soundfile, torch)
-    run = {
-        "command": sys.argv,
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "model_sha256": hashlib.sha256(args.model_path.read_bytes()).hexdigest(),
-        "device": str(device),
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in modules},
-        "seconds": round(seconds, 1),
-    }
-    with whole_file(output_dir / table_name("run", args.shard).replace(".csv", ".json")) as temporary:
-        Path(temporary).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8", errors="surrogateescape")
-
-
 def sum_up(args, checkpoint):
     """Summary, pictures and closing lines of classification_results.csv; returns the exit status."""
     path = args.output_dir / table_name("classification_results", args.shard)
@@ -1005,7 +997,16 @@ def main():
             classify_all(args, paths, model, checkpoint, device, artists)
     status = sum_up(args, checkpoint)
     seconds = time.perf_counter() - started
-    write_run(args.output_dir, args, device, seconds)
+    model = hashlib.sha256(args.model_path.read_bytes()).hexdigest()
+    with whole_file(args.output_dir / table_name("run", args.shard).replace(".csv", ".json")) as temporary:
+        record = run_record(
+            seconds,
+            "librosa matplotlib numpy pandas scikit-learn soundfile torch".split(),
+            arguments=vars(args),
+            model_sha256=model,
+            device=device,
+        )
+        Path(temporary).write_text(record, encoding="utf-8")
     print(f"{seconds:.1f} s. Results: {args.output_dir / table_name('classification_results', args.shard)}")
     return status
 

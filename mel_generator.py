@@ -25,6 +25,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -399,6 +400,13 @@ def write_skipped(path, skipped, clips):
     write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
+def run_record(seconds, packages, **details):
+    """run.json, as text: what it takes to repeat the run."""
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    run = {"command": sys.argv} | details | {"platform": platform.platform(), "versions": versions}
+    return json.dumps(run | {"seconds": round(seconds, 1)}, indent=2, default=str) + "\n"
+
+
 def remove_leftovers(output_dir, started):
     """Deletes temporary files of killed runs: those of ours that were last touched before this run began."""
     ours = re.compile(r".+\.(npy|json|csv)\.\d+\.tmp")
@@ -560,6 +568,8 @@ def main():
     for file in args.output_dir.glob("skipped.*-of-*.csv") if not args.shard else []:
         file.unlink()  # the shards' are in skipped.csv now
     remove_leftovers(args.output_dir, started)
+    record = run_record(time.time() - started, "librosa numpy soundfile tabulate tqdm".split(), arguments=vars(args))
+    write_whole(log.with_name(log.name.replace("skipped", "run")).with_suffix(".json"), record.encode())
     print_counts(args.output_dir, clips, skipped, log, time.time() - started)
     if skipped and len(skipped) == len(clips) + len(skipped.keys() - clips.values()):
         sys.exit(f"No file could be used: {log} says why.")

@@ -9,7 +9,7 @@ import librosa
 import numpy as np
 import pytest
 import soundfile
-from conftest import generate
+from conftest import ROOT, generate
 
 import mel_generator as gen
 
@@ -28,7 +28,7 @@ def librosa_mel(samples, **mel):
 
 
 def files_below(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.name.startswith("run.")}  # run.json tells the time
 
 
 def skipped(folder):
@@ -199,3 +199,17 @@ def test_missing_and_empty_folders(tmp_path):
     assert "No file could be used" in generate(tmp_path / "empty", tmp_path / "out", code=1)
     (tmp_path / "file").write_text("x")
     assert str(tmp_path / "file") in generate(tmp_path / "empty", tmp_path / "file" / "out", code=1)
+
+
+def test_shards_then_a_plain_run_are_one_run(corpus, mels, tmp_path):
+    from test_harm import start
+
+    both = ["--input_dir", corpus, "--output_dir", tmp_path, "--n_augmentations", 2, "--workers", 1]
+    shards = [start(ROOT / "mel_generator.py", *both, "--shard", f"{i}/3") for i in range(3)]
+    assert [shard.wait(120) for shard in shards] == [0, 0, 0]
+    parts = [len((tmp_path / f"skipped.{i}-of-3.csv").read_text().splitlines()) for i in range(3)]
+    assert parts == [1, 1, 1] and len(list(tmp_path.rglob("*.npy"))) == 48 * 3
+    generate(corpus, tmp_path, "--n_augmentations", 2)
+    assert files_below(tmp_path) == files_below(mels)
+    assert "take I/N" in generate(corpus, tmp_path, "--shard", "3/3", code=2)
+    assert "for all shards" in generate(corpus, tmp_path, "--shard", "1/3", "--overwrite", code=2)

@@ -339,7 +339,7 @@ def test_not_a_number_stops_with_a_sentence(mels, tmp_path):
 
 def test_outputs_are_those_of_the_contract(trained):
     assert {p.name for p in trained.iterdir()} == {"best_model.pth", "last_checkpoint.pth", "history.csv", "training_history.png", "confusion_matrix.png",
-                                                   "classification_report.txt", "metrics.json", "test_predictions.csv", "split.csv"}  # fmt: skip
+                                                   "classification_report.txt", "metrics.json", "test_predictions.csv", "split.csv", "run.json", "test_report.png"}  # fmt: skip
     header = lambda name: (trained / name).read_text().splitlines()[0]  # noqa: E731
     assert header("history.csv") == "epoch,train_loss,train_accuracy,val_loss,val_accuracy,val_uar,learning_rate,seconds,train_clips_per_s"
     assert header("test_predictions.csv") == "stem,actor,true_class,predicted_class,Angry,Disgust,Fear,Happy,Neutral,Sad"
@@ -448,3 +448,23 @@ def test_processes_share_one_draw(constants):
     shares = [batches[:, rank::2] for rank in (0, 1)]
     assert torch.equal(torch.cat(shares, 1).sort(1).values, batches.sort(1).values)
     assert (data.length[shares[0]].float().mean(1) - data.length[shares[1]].float().mean(1)).abs().max() < 8
+
+
+# ---- reports
+
+
+def test_report_tells_confidence_and_the_worst_mistakes(trained):
+    probabilities = torch.tensor([[0.9, 0.1, 0, 0, 0, 0], [0.8, 0.2, 0, 0, 0, 0], [0.05, 0.95, 0, 0, 0, 0], [0.7, 0.3, 0, 0, 0, 0]])
+    label = torch.tensor([0, 1, 0, 2])
+    worst = trainer.worst_mistakes(probabilities, label, ["a", "b", "c", "d"], n=2)
+    assert [(w["stem"], w["true_class"], w["predicted_class"]) for w in worst] == [("c", "Angry", "Disgust"), ("b", "Disgust", "Angry")]
+    assert worst[0]["confidence"] == pytest.approx(0.95)
+    confidence, accuracy = trainer.reliability(probabilities, label, bins=2)
+    assert confidence == pytest.approx([100 * (0.9 + 0.8 + 0.95 + 0.7) / 4]) and accuracy == pytest.approx([25.0])
+    metrics, rows = json.loads((trained / "metrics.json").read_text()), pd.read_csv(trained / "test_predictions.csv").set_index("stem")
+    for mistake in metrics["most_confident_mistakes"]:
+        row = rows.loc[mistake["stem"]]
+        assert row.true_class == mistake["true_class"] != mistake["predicted_class"] == row.predicted_class
+        assert row[row.predicted_class] == pytest.approx(mistake["confidence"], abs=1e-6)
+    record = json.loads((trained / "run.json").read_text())
+    assert record["constants"]["SEED"] == 42 and len(record["constants"]["SPLIT_SHA256"]) == 64 and record["versions"]["torch"].startswith("2.13") and record["seconds"] > 0
