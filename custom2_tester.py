@@ -558,8 +558,8 @@ class Results:
             config, names = self.checkpoint["mel_config"], tuple(c["name"] for c in self.checkpoint["classes"])
             draw, what, shares = draw_clip, good[0][2], mean
             if len(windows) > 1:
-                draw, what = draw_timeline, [(w[1], self.args.window, w[2]) for w in good]
-                shares = np.array([w[5] for w in good])
+                draw, what = draw_timeline, [(w[1], self.args.window, w[2]) for w in windows]
+                shares = np.array([w[5] for w in windows])
             picture = str(self.pictures[path])
             self.drawing.append(self.artists.submit(draw, picture, path, what, shares, names, config))
         return len(windows)
@@ -660,12 +660,13 @@ def mel_ticks(axes, n_mels, mel_config):
 def draw_timeline(path, title, parts, probabilities, names, mel_config):
     """The spectrogram of a long recording above the probabilities of its windows over time, as a PNG.
 
-    parts: (start, seconds, spectrogram) of each window; probabilities (windows, classes).
+    parts: (start, seconds, spectrogram or None where there is no sound) of each window; probabilities (windows, classes).
     """
     end = parts[-1][0] + parts[-1][1]
-    n = min(3000, sum(mel.shape[1] for _, _, mel in parts))
-    image = np.full((len(parts[0][2]), n), np.nan, np.float32)  # not a number where a window was silent
-    for start, seconds, mel in parts:
+    heard = [part for part in parts if part[2] is not None]
+    n = min(3000, sum(mel.shape[1] for _, _, mel in heard))
+    image = np.full((len(heard[0][2]), n), np.nan, np.float32)  # not a number: blank in the picture
+    for start, seconds, mel in heard:
         first, last = round(start / end * n), round((start + seconds) / end * n)
         image[:, first:last] = mel[:, np.linspace(0, mel.shape[1] - 1, last - first).astype(int)]
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True, layout="constrained")
@@ -680,7 +681,7 @@ def draw_timeline(path, title, parts, probabilities, names, mel_config):
     for name, line, marker, shares in zip(names, LINES, "os^vDX", 100 * probabilities.T, strict=False):
         below.plot(middle, shares, color=line, marker=marker, markersize=4 if len(middle) < 100 else 0, label=name)
     below.set(xlabel="Time (s)", ylabel="Probability (%)", ylim=(0, 100))
-    below.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
     save_picture(figure, path)
     plt.close(figure)
 
