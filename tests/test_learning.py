@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from conftest import TOY, generate, train
 from synthetic_corpus import make_corpus
@@ -29,3 +30,18 @@ def test_real_recordings(crema_d, tmp_path):
     text = train(tmp_path / "run", tmp_path / "mels", toy=LAPTOP)
     test = json.loads((tmp_path / "run/output/metrics.json").read_text())["test"]
     assert test["uar"] > 0.25
+
+
+def test_distortions_are_what_they_say():
+    import robustness
+
+    random, rate = np.random.default_rng(0), 16000
+    voice = np.sin(2 * np.pi * 200 * np.arange(rate) / rate) + np.sin(2 * np.pi * 1000 * np.arange(rate) / rate)
+    assert np.allclose(robustness.level(voice, rate, random, 20), 10 * voice)
+    added = robustness.noise(voice, rate, random, 10) - voice
+    assert 10 * np.log10(np.mean(voice**2) / np.mean(added**2)) == pytest.approx(10, abs=0.2)
+    heard = np.abs(np.fft.rfft(robustness.band(voice, rate, random, 300, 3400)))
+    assert heard[1000] > 1000 and heard[200] < 1
+    echo = robustness.room(np.eye(1, rate)[0], rate, random, 0.5)
+    early, late = np.mean(echo[800:1600] ** 2), np.mean(echo[5600:6400] ** 2)
+    assert 10 * np.log10(early / late) == pytest.approx(36, abs=3)  # 60 dB in 0.5 s: 36 in 0.3
