@@ -677,19 +677,22 @@ def measure(logits, label, actors, temperature):
 # Writing
 
 
-def lock(folder):
-    """Holds the folder until this process ends, in whatever way; ends the program if another process holds it.
+def lock(path):
+    """Holds a folder or file until this process ends, in whatever way; ends the program if another process holds it.
 
-    Source: flock(2). On file systems and operating systems without such locks, nothing is checked.
+    Source: flock(2), which Windows lacks: nothing is checked there.
     """
     try:
         import fcntl
-
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return
+    held = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.exit(f"{folder} is in use: another run is writing there. Wait for its end, or name another folder.")
-    except (ImportError, OSError):
-        pass
+        sys.exit(f"{path} is in use: another run is writing there. Wait for its end, or name another folder.")
+    except OSError as error:  # a file system without locks
+        print(f"{path} cannot be locked ({error.strerror}): take care that no other run writes there.")
 
 
 @contextlib.contextmanager
