@@ -31,6 +31,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -312,6 +313,17 @@ def read_spectrogram(path, n_mels):
     return mel.T
 
 
+def room_for(n_frames, n_mels):
+    """Float32 (n_frames, n_mels): in memory or, if that would take over half of it, in a nameless file in OUTPUT_DIR."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows does not tell
+        memory = math.inf
+    if 4 * n_frames * n_mels < memory / 2:
+        return np.empty((n_frames, n_mels), np.float32)
+    return np.memmap(tempfile.TemporaryFile(dir=OUTPUT_DIR), np.float32, "w+", shape=(n_frames, n_mels))
+
+
 class Spectrograms:
     """All spectrograms end to end in one tensor, so that a batch is one gather and no loader is needed.
 
@@ -320,7 +332,7 @@ class Spectrograms:
 
     def __init__(self, clips, n_mels):
         most = sum(os.path.getsize(path) for path in clips.path) // (4 * n_mels)
-        frames, start, length = np.empty((most, n_mels), np.float32), [], []
+        frames, start, length = room_for(most, n_mels), [], []
         at = 0
         for path in tqdm(clips.path, desc="Reading", unit="file", leave=False, disable=RANK > 0):
             mel = read_spectrogram(path, n_mels)[:MAX_WIDTH]

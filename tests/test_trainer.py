@@ -468,3 +468,17 @@ def test_report_tells_confidence_and_the_worst_mistakes(trained):
         assert row[row.predicted_class] == pytest.approx(mistake["confidence"], abs=1e-6)
     record = json.loads((trained / "run.json").read_text())
     assert record["constants"]["SEED"] == 42 and len(record["constants"]["SPLIT_SHA256"]) == 64 and record["versions"]["torch"].startswith("2.13") and record["seconds"] > 0
+
+
+def test_more_spectrograms_than_memory_holds(mels, constants, monkeypatch, tmp_path):
+    """Past half of the memory they stand in a nameless file: the same numbers, and no file left."""
+    constants(OUTPUT_DIR=str(tmp_path))
+    clips = trainer.list_clips(mels)
+    inside, seen = trainer.Spectrograms(clips, 128), []
+    monkeypatch.setattr(trainer.os, "sysconf", lambda name: 1000)
+    memmap = np.memmap
+    monkeypatch.setattr(trainer.np, "memmap", lambda *a, **k: seen.append(1) or memmap(*a, **k))
+    outside = trainer.Spectrograms(clips, 128)
+    train_side = torch.arange(100)
+    assert inside.normalize(train_side) == outside.normalize(train_side) and torch.equal(inside.frames, outside.frames)
+    assert seen and not list(tmp_path.iterdir())
