@@ -101,7 +101,7 @@ GRADIENT_CLIP = 1.0  # norm
 DECAY_AFTER = 9  # epochs; after each later one the learning rate is multiplied
 LR_DECAY = 0.65  # by this; 1 = off
 LR_FACTOR = 0.5  # of ReduceLROnPlateau
-LR_PATIENCE = 1  # epochs without a better validation accuracy before the rate falls
+LR_PATIENCE = 3  # epochs without a better validation accuracy before the rate falls
 PATIENCE = 8  # epochs without a better validation accuracy before training stops
 # system
 SEED = 42
