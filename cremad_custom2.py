@@ -46,13 +46,8 @@ def stop(message, *_):
 
 
 if __name__ == "__main__":
-    # before the imports that take seconds
-    signal.signal(
-        signal.SIGINT,
-        functools.partial(
-            stop, b"\nStopped. The epochs that ended are in OUTPUT_DIR: set RESUME = True and run again.\n"
-        ),
-    )
+    message = b"\nStopped. The epochs that ended are in OUTPUT_DIR: set RESUME = True and run again.\n"
+    signal.signal(signal.SIGINT, functools.partial(stop, message))  # before the imports that take seconds
 
 # oneDNN keeps memory for every shape that it has met, 1,024 by default: gigabytes, and no faster.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -590,6 +585,7 @@ def train_epoch(run, epoch):
 def validate(run, epoch, loss, accuracy, seconds):
     """The history's row for an epoch that took `seconds` to train, and the validation logits and labels."""
     logits, label = run.logits("val", run.average.module)
+    n_drawn = len(run.sides["train"]) // (BATCH_SIZE * PROCESSES) * BATCH_SIZE * PROCESSES
     row = {
         "epoch": epoch,
         "train_loss": loss,
@@ -599,9 +595,7 @@ def validate(run, epoch, loss, accuracy, seconds):
         "val_uar": uar(label, logits.argmax(1)),
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "seconds": round(seconds, 2),
-        "train_clips_per_s": round(
-            len(run.sides["train"]) // (BATCH_SIZE * PROCESSES) * BATCH_SIZE * PROCESSES / seconds, 1
-        ),
+        "train_clips_per_s": round(n_drawn / seconds, 1),
     }
     return row, logits, label
 
@@ -715,6 +709,12 @@ def whole_file(path):
         os.replace(f"{path}.tmp", path)
     except OSError as error:  # a full disk's own names no file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def write_text(path, text):
+    """Writes a text, whole or not at all."""
+    with whole_file(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
 
 
 def plot_confusion(path, true, predicted, names, title):
@@ -927,51 +927,22 @@ def keep_previous(output_dir):
             print(f"An earlier training's {path.name} is kept as {kept}.")
 
 
-def read_checkpoint(path, device):
-    """The dict of best_model.pth; nothing in the file is executed. Ends the program if it is no such file."""
+def read_best(path, device):
+    """The model of best_model.pth in evaluation mode, and the file's dict; nothing in the file is executed."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        sys.exit(f"{path}: {error.strerror}. Name the best_model.pth that cremad_custom2.py wrote.")
+        model = EmotionClassifier(**checkpoint["model_config"]).to(device)
+        model.load_state_dict(checkpoint["model_state_dict"])
     except Exception as error:  # bytes from anywhere make the unpickler raise anything
         sys.exit(
-            f"{path} is damaged, or no checkpoint that can be read safely ({type(error).__name__}): "
-            "take the best_model.pth that cremad_custom2.py wrote."
+            f"{path} was damaged since it was written ({type(error).__name__}): train again in another OUTPUT_DIR."
         )
-    needed = "format_version model_state_dict model_config mel_config normalization max_width classes temperature"
-    missing = [key for key in needed.split() if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing:
-        sys.exit(f"{path} is no best_model.pth of cremad_custom2.py: it lacks {', '.join(missing)}.")
-    if checkpoint["format_version"] != FORMAT_VERSION:
-        sys.exit(
-            f"{path} has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}: "
-            "use the scripts of one release together."
-        )
-    return checkpoint
-
-
-def load_checkpoint(path, device):
-    """The model of best_model.pth in evaluation mode, and the file's dict; ends the program if it is unusable."""
-    checkpoint = read_checkpoint(path, device)
-    try:
-        model = EmotionClassifier(**checkpoint["model_config"])
-        model.load_state_dict(checkpoint["model_state_dict"])
-        mean, std = (torch.tensor(checkpoint["normalization"][key]) for key in ("mean", "std"))
-        if not len(mean) == len(std) == checkpoint["mel_config"]["n_mels"] == checkpoint["model_config"]["n_mels"]:
-            raise ValueError("mel_config, model_config and normalization differ in their number of mel bands")
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        sys.exit(
-            f"{path} contradicts itself ({' '.join(str(error).split())[:300]}): "
-            "take a best_model.pth as cremad_custom2.py wrote it."
-        )
-    if not all(torch.isfinite(value).all() for value in [mean, std, *model.state_dict().values()]):
-        sys.exit(f"{path} holds weights that are NaN or infinite: train again with a lower LEARNING_RATE.")
-    return model.to(device).eval(), checkpoint
+    return model.eval(), checkpoint
 
 
 def finish(run, seconds):
-    """Figures, pictures and predictions of best_model.pth, read back as the tester reads it."""
-    model, checkpoint = load_checkpoint(run.output_dir / "best_model.pth", run.device)
+    """Figures, pictures and predictions of best_model.pth, read back from its file."""
+    model, checkpoint = read_best(run.output_dir / "best_model.pth", run.device)
     temperature, metrics = checkpoint["temperature"], {}
     for side in ("val", "test"):
         logits, label = run.logits(side, model)
@@ -992,17 +963,10 @@ def finish(run, seconds):
         "n_training_spectrograms": len(run.sides["train"]),
         "seconds": round(seconds, 1),
     }
-    with whole_file(run.output_dir / "metrics.json") as temporary:
-        Path(temporary).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    with whole_file(run.output_dir / "run.json") as temporary:
-        record = run_record(
-            seconds,
-            "matplotlib numpy pandas scikit-learn seaborn torch".split(),
-            constants=run.settings,
-            device=run.device,
-            number_type=run.amp,
-        )
-        Path(temporary).write_text(record, encoding="utf-8")
+    write_text(run.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    packages = "matplotlib numpy pandas scikit-learn seaborn torch".split()
+    record = run_record(seconds, packages, constants=run.settings, device=run.device, number_type=run.amp)
+    write_text(run.output_dir / "run.json", record)
     write_test(run, logits, label, temperature)
     plot_history(run.output_dir / "training_history.png", run.history, checkpoint["epoch"])
     print_summary(run.output_dir, metrics)
@@ -1019,9 +983,8 @@ def write_test(run, logits, label, temperature):
     with whole_file(run.output_dir / "test_predictions.csv") as temporary:
         rows.to_csv(temporary, index=False, errors="surrogateescape")
     classes = {"labels": range(len(names)), "target_names": names}
-    with whole_file(run.output_dir / "classification_report.txt") as temporary:
-        report = classification_report(label, predicted, **classes, zero_division=0, digits=3)
-        Path(temporary).write_text(report, encoding="utf-8")
+    report = classification_report(label, predicted, **classes, zero_division=0, digits=3)
+    write_text(run.output_dir / "classification_report.txt", report)
     title = f"Test: {len(rows):,} clips, {rows.actor.nunique()} actors"
     plot_confusion(run.output_dir / "confusion_matrix.png", label, predicted, names, title)
 

@@ -11,6 +11,8 @@ features need (mel settings, normalisation, classes, sizes) comes from the check
     confidence_distribution.png   how sure the model was, by class
     confusion_matrix.png, classification_report.txt    where file names tell the emotion (1001_DFA_ANG_XX.wav)
     mel_spectrograms/*.png        --visualize: a picture a file
+    segments.csv                  --segments: a row a window of 3 s
+    run.json                      arguments, versions, platform: what it takes to repeat the run
 
 Exit status: 0 finished, 1 had to stop or nothing could be classified (--strict: or a file failed),
 2 wrong arguments, 130 Ctrl-C.
@@ -49,13 +51,8 @@ def stop(message, *_):
 
 
 if __name__ == "__main__":
-    # before the imports that take seconds
-    signal.signal(
-        signal.SIGINT,
-        functools.partial(
-            stop, b"\nStopped. The rows that were written stay: the same command with --resume goes on from there.\n"
-        ),
-    )
+    message = b"\nStopped. The rows that were written stay: the same command with --resume goes on from there.\n"
+    signal.signal(signal.SIGINT, functools.partial(stop, message))  # before the imports that take seconds
 
 # oneDNN keeps memory for every shape that it has met, 1,024 by default: gigabytes, and no faster.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -468,6 +465,12 @@ def whole_file(path):
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
+def write_text(path, text):
+    """Writes a text, whole or not at all."""
+    with whole_file(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
 def plot_confusion(path, true, predicted, names, title):
     """Confusion matrix as a picture: counts, and the row's percentages, which give the colour."""
     import seaborn  # here, because it takes a second to import
@@ -697,27 +700,12 @@ def plot_confidence(path, results, names):
     counts = results.predicted_class.value_counts()
     shown = results.sample(min(len(results), 3000), random_state=0)
     np.random.seed(0)  # the points' jitter: the same picture for the same results
-    seaborn.stripplot(
-        shown, x="predicted_class", y="percent", order=names, color="#0072B2", size=2, alpha=0.5, jitter=0.3, ax=axes
-    )
-    seaborn.boxplot(
-        results,
-        x="predicted_class",
-        y="percent",
-        order=names,
-        color="#D55E00",
-        fill=False,
-        showfliers=False,
-        width=0.7,
-        ax=axes,
-    )
+    places = {"x": "predicted_class", "y": "percent", "order": names, "ax": axes}
+    seaborn.stripplot(shown, **places, color="#0072B2", size=2, alpha=0.5, jitter=0.3)
+    seaborn.boxplot(results, **places, color="#D55E00", fill=False, showfliers=False, width=0.7)
     axes.axhline(100 / len(names), color="#555555", linestyle="--", linewidth=1)
-    axes.set(
-        xlabel="Predicted emotion (number of files)",
-        ylabel="Confidence (%)",
-        ylim=(0, 101),
-        title="Confidence by predicted emotion (dashed: chance)",
-    )
+    axes.set(xlabel="Predicted emotion (number of files)", ylabel="Confidence (%)", ylim=(0, 101))
+    axes.set_title("Confidence by predicted emotion (dashed: chance)")
     axes.set_xticks(range(len(names)), [f"{name}\n({counts.get(name, 0)})" for name in names])
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=200)
@@ -727,30 +715,18 @@ def plot_confidence(path, results, names):
 def write_summary(output_dir, results, names):
     """summary.csv, the pictures and, where true classes are known, the report; all on the screen too."""
     good = results[results.error == ""].assign(percent=lambda r: 100 * r.confidence.astype(float))
-    rows = [
-        [
-            name,
-            int(n := (good.predicted_class == name).sum()),
-            round(100 * n / len(good), 2),
-            round(float(good.confidence[good.predicted_class == name].astype(float).mean()), 4) if n else "",
-        ]
-        for name in names
-    ]
+    rows = []
+    for name in names:
+        sure = good.percent[good.predicted_class == name]
+        mean = round(float(sure.mean()) / 100, 4) if len(sure) else ""
+        rows.append([name, len(sure), round(100 * len(sure) / len(good), 2), mean])
     headers = ["class", "count", "percentage", "mean_confidence"]
     with whole_file(output_dir / "summary.csv") as temporary:
         pd.DataFrame(rows, columns=headers).to_csv(temporary, index=False)
     if len(results) <= SHOWN_FILES:
-        print(
-            tabulate(
-                [
-                    [r.file, r.predicted_class, f"{100 * float(r.confidence):.1f} %" if r.confidence else "", r.error]
-                    for r in results.itertuples()
-                ],
-                headers=["file", "emotion", "confidence", "error"],
-                disable_numparse=True,
-            ),
-            end="\n\n",
-        )
+        confidence = results.confidence.map(lambda text: text and f"{100 * float(text):.1f} %")
+        shown = zip(results.file, results.predicted_class, confidence, results.error, strict=True)
+        print(tabulate(shown, headers=["file", "emotion", "confidence", "error"], disable_numparse=True), end="\n\n")
     print(tabulate(rows, headers=headers))
     plot_confidence(output_dir / "confidence_distribution.png", good, names)
     labelled = good[good.true_class != ""]
@@ -784,8 +760,7 @@ def write_report(output_dir, labelled, names):
     figures = f"{len(labelled):,} files with a known emotion: accuracy {100 * accuracy:.1f} %, UAR {100 * uar:.1f} %"
     print(figures)
     report = classification_report(true, predicted, labels=names, zero_division=0, digits=3)
-    with whole_file(output_dir / "classification_report.txt") as temporary:
-        Path(temporary).write_text(f"{figures}\n\n{report}", encoding="utf-8")
+    write_text(output_dir / "classification_report.txt", f"{figures}\n\n{report}")
     plot_confusion(
         output_dir / "confusion_matrix.png",
         [names.index(t) for t in true],
@@ -810,37 +785,23 @@ def parse_shard(text):
 def parse_args():
     """The command line, checked; a wrong one ends the program with exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through, or one file"
-    )
-    parser.add_argument("--model_path", type=Path, required=True, help="best_model.pth of cremad_custom2.py")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the results")
-    parser.add_argument(
-        "--max_width", type=int, help="frames; longer clips are cut (default: the checkpoint's, usually 191)"
-    )
-    parser.add_argument("--cpu", action="store_true", help="do not use the GPU")
-    parser.add_argument("--visualize", action="store_true", help="a picture for each file")
-    parser.add_argument(
-        "--segments", action="store_true", help="classify longer files in windows, instead of cutting them"
-    )
-    parser.add_argument("--window", type=float, default=3.0, help="--segments: seconds a window (default 3)")
-    parser.add_argument("--step", type=float, default=1.5, help="--segments: seconds between starts (default 1.5)")
-    parser.add_argument("--min_confidence", type=float, metavar="P", help="0 to 1: below it, `uncertain` is yes")
-    parser.add_argument(
-        "--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0; then --merge"
-    )
-    parser.add_argument("--merge", action="store_true", help="join all shards' results, then sum up as one run does")
-    parser.add_argument("--batch_size", type=int, default=64, help="files classified together (default 64)")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=min(os.cpu_count() or 1, 61),
-        help="threads that read, processes that draw (default: all cores)",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from an interrupted run's classification_results.csv.partial"
-    )
-    parser.add_argument("--strict", action="store_true", help="exit status 1 if any file failed")
+    add, cores = parser.add_argument, min(os.cpu_count() or 1, 61)
+    add("--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through, or one file")
+    add("--model_path", type=Path, required=True, help="best_model.pth of cremad_custom2.py")
+    add("--output_dir", type=Path, required=True, help="folder for the results")
+    add("--max_width", type=int, help="frames; longer clips are cut (default: the checkpoint's, usually 191)")
+    add("--cpu", action="store_true", help="do not use the GPU")
+    add("--visualize", action="store_true", help="a picture for each file")
+    add("--segments", action="store_true", help="classify longer files in windows, instead of cutting them")
+    add("--window", type=float, default=3.0, help="--segments: seconds a window (default 3)")
+    add("--step", type=float, default=1.5, help="--segments: seconds between starts (default 1.5)")
+    add("--min_confidence", type=float, metavar="P", help="0 to 1: below it, the column `uncertain` is yes")
+    add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0; then --merge")
+    add("--merge", action="store_true", help="join all shards' results, then sum up as one run does")
+    add("--batch_size", type=int, default=64, help="files classified together (default 64)")
+    add("--workers", type=int, default=cores, help="threads that read, processes that draw (default: all cores)")
+    add("--resume", action="store_true", help="go on from an interrupted run's partial results")
+    add("--strict", action="store_true", help="exit status 1 if any file failed")
     args = parser.parse_args()
     for name in ("max_width", "batch_size", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -999,18 +960,11 @@ def main():
             paths = [path for path in paths if in_shard(path, args.shard)]
             print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {len(paths):,} files.")
             classify_all(args, paths, model, checkpoint, device, artists)
-    status = sum_up(args, checkpoint)
-    seconds = time.perf_counter() - started
+    status, seconds = sum_up(args, checkpoint), time.perf_counter() - started
+    packages = "librosa matplotlib numpy pandas scikit-learn soundfile torch".split()
     model = hashlib.sha256(args.model_path.read_bytes()).hexdigest()
-    with whole_file(args.output_dir / table_name("run", args.shard).replace(".csv", ".json")) as temporary:
-        record = run_record(
-            seconds,
-            "librosa matplotlib numpy pandas scikit-learn soundfile torch".split(),
-            arguments=vars(args),
-            model_sha256=model,
-            device=device,
-        )
-        Path(temporary).write_text(record, encoding="utf-8")
+    record = run_record(seconds, packages, arguments=vars(args), model_sha256=model, device=device)
+    write_text(args.output_dir / table_name("run", args.shard).replace(".csv", ".json"), record)
     print(f"{seconds:.1f} s. Results: {args.output_dir / table_name('classification_results', args.shard)}")
     return status
 

@@ -10,6 +10,7 @@ Reads every .wav and .flac below --input_dir whose name's third field is an emot
     EMO/STEM_VARIANT.npy   float32 (mel bands, frames): log power in dB at absolute level
     mel_config.json        every setting that training and inference must repeat
     skipped.csv            file, reason: each file that has no spectrogram, and why
+    run.json               arguments, versions, platform: what it takes to repeat the run
 
 A second run does what is missing. Exit status: 0 finished, 1 had to stop or nothing could be
 done (--strict: or a file was skipped), 2 wrong arguments, 130 Ctrl-C.
@@ -53,11 +54,8 @@ def stop(message, *_):
 
 
 if __name__ == "__main__":
-    # before the imports that take seconds
-    signal.signal(
-        signal.SIGINT,
-        functools.partial(stop, b"\nStopped. What was written stays: the same command goes on from there.\n"),
-    )
+    message = b"\nStopped. What was written stays: the same command goes on from there.\n"
+    signal.signal(signal.SIGINT, functools.partial(stop, message))  # before the imports that take seconds
 
 import librosa
 import numpy as np
@@ -462,36 +460,22 @@ def parse_shard(text):
 def parse_args():
     """The command line, checked; a wrong one ends the program with exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through"
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the spectrograms")
-    parser.add_argument("--no_augment", action="store_true", help="originals alone")
-    parser.add_argument(
-        "--n_augmentations", type=int, default=3, help="augmented copies of each clip, 0 to 8 (default 3)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=42, help="chooses variants and noise, with the file's name (default 42)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=min(os.cpu_count() or 1, 61), help="processes (default: all cores)"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="delete the spectrograms that are there and start anew"
-    )
-    parser.add_argument(
-        "--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0; then once without --shard"
-    )
-    parser.add_argument("--strict", action="store_true", help="exit status 1 if any file was skipped")
-    for name, default, unit in [
-        ("sample_rate", 16000, "Hz"),
-        ("n_fft", 2048, "samples"),
-        ("hop_length", 512, "samples"),
-        ("n_mels", 128, "mel bands"),
-    ]:
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{unit} (default {default})")
-    parser.add_argument("--fmin", type=float, default=0.0, help="Hz, lower edge of the lowest band (default 0)")
-    parser.add_argument("--fmax", type=float, default=8000.0, help="Hz, upper edge of the highest band (default 8000)")
+    add, cores = parser.add_argument, min(os.cpu_count() or 1, 61)
+    add("--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through")
+    add("--output_dir", type=Path, required=True, help="folder for the spectrograms")
+    add("--no_augment", action="store_true", help="originals alone")
+    add("--n_augmentations", type=int, default=3, help="augmented copies of each clip, 0 to 8 (default 3)")
+    add("--seed", type=int, default=42, help="chooses variants and noise, with the file's name (default 42)")
+    add("--workers", type=int, default=cores, help="processes (default: all cores)")
+    add("--overwrite", action="store_true", help="delete the spectrograms that are there and start anew")
+    add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0; then once without --shard")
+    add("--strict", action="store_true", help="exit status 1 if any file was skipped")
+    add("--sample_rate", type=int, default=16000, help="Hz (default 16000)")
+    add("--n_fft", type=int, default=2048, help="samples (default 2048)")
+    add("--hop_length", type=int, default=512, help="samples (default 512)")
+    add("--n_mels", type=int, default=128, help="mel bands (default 128)")
+    add("--fmin", type=float, default=0.0, help="Hz, lower edge of the lowest band (default 0)")
+    add("--fmax", type=float, default=8000.0, help="Hz, upper edge of the highest band (default 8000)")
     args = parser.parse_args()
     if args.shard and args.overwrite:
         parser.error("--overwrite starts the folder anew for all shards: run it once, with --shard left out")
