@@ -74,7 +74,7 @@ def summarize(rows, output_dir):
     """Writes results.csv; prints every fold, and over the folds the mean and the standard deviation."""
     table = pd.DataFrame(rows)
     table.to_csv(output_dir / "results.csv", index=False)
-    percent = table.assign(**{name: 100 * table[name] for name in FIGURES})
+    percent = table.assign(**{name: 100 * table[name] for name in (*FIGURES, "val_uar")})
     print(tabulate(percent.round(1), headers="keys", showindex=False))
     folds = percent.groupby("fold")[list(FIGURES)].mean()
     for name in FIGURES:
