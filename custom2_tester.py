@@ -649,7 +649,7 @@ def save_picture(figure, path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names may hold letters that the font lacks
-            figure.savefig(temporary, format="png", dpi=130)
+            figure.savefig(temporary, format="png", dpi=130, pil_kwargs={"compress_level": 1})
         os.replace(temporary, path)
     except OSError as error:  # a full disk's own names no file
         raise OSError(error.errno, error.strerror or str(error), path) from error
