@@ -89,8 +89,10 @@ LABEL_SMOOTHING = 0.1  # 0 = off
 TIME_MASK = 16  # frames hidden in each training clip, at most; 0 = off
 MEL_MASK = 16  # mel bands hidden, at most; 0 = off
 TIME_WARP = 0.1  # training clips are slowed or quickened, at most by this share; 0 = off
-MEL_SHIFT = 2  # and moved up or down, at most by this many mel bands; 0 = off
+MEL_SHIFT = 2  # moved up or down, at most by this many mel bands; 0 = off
 TONE = 2.0  # dB, standard deviation of a random tone curve: other rooms and microphones; 0 = off
+GAIN = 0.0  # dB, standard deviation of a random gain; 0 = off
+NARROW_BAND = 0.0  # share of training clips that lose the lowest and highest bands, as on a telephone; 0 = off
 AVERAGING = 0.997  # decay a step of the averaged weights, which are what is validated and saved; 0 = off
 GRADIENT_CLIP = 1.0  # norm
 DECAY_AFTER = 9  # epochs; after each later one the learning rate is multiplied
@@ -110,8 +112,9 @@ EMOTIONS = {"ANG": "Angry", "DIS": "Disgust", "FEA": "Fear", "HAP": "Happy", "NE
 VARIANT_NAMES = ("original", "time_shift_pos", "time_shift_neg", "pitch_up", "pitch_down",
             "stretch_fast", "stretch_slow", "noise_low", "noise_medium")  # fmt: skip
 MEL_SETTINGS = ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")
+SILENCE = -100.0  # dB, the least that mel_generator.py writes
 FORMAT_VERSION = 1
-NO_SETTINGS = {"F", "EMOTIONS", "NO_SETTINGS", "FREE_TO_CHANGE", "RANK"}
+NO_SETTINGS = {"F", "EMOTIONS", "SILENCE", "NO_SETTINGS", "FREE_TO_CHANGE", "RANK"}
 FREE_TO_CHANGE = {"MEL_DIR", "OUTPUT_DIR", "EPOCHS", "PATIENCE", "RESUME", "DEVICE"}  # between a run and its resumption
 
 
@@ -138,9 +141,9 @@ def check_constants():
             "a whole number, at least 0",
         ),
         ("BATCH_SIZE", lambda v: whole(v, 2), "a whole number, at least 2: batch norm cannot train on one clip"),
-        ("DROPOUT LABEL_SMOOTHING TIME_WARP", lambda v: real(v, 0, 0.99), "a number from 0 to 0.99"),
+        ("DROPOUT LABEL_SMOOTHING TIME_WARP NARROW_BAND", lambda v: real(v, 0, 0.99), "a number from 0 to 0.99"),
         ("AVERAGING", lambda v: real(v, 0, 0.99999), "a number from 0 to 0.99999"),
-        ("WEIGHT_DECAY TONE", lambda v: real(v, 0, 10), "a number from 0 to 10"),
+        ("WEIGHT_DECAY TONE GAIN", lambda v: real(v, 0, 10), "a number from 0 to 10"),
         ("LR_DECAY", lambda v: real(v, 1e-12, 1), "a number over 0, at most 1"),
         ("LEARNING_RATE GRADIENT_CLIP", lambda v: real(v, 1e-12, math.inf), "a number over 0"),
         ("LR_FACTOR", lambda v: real(v, 1e-12, 0.99), "a number between 0 and 1"),
@@ -359,12 +362,11 @@ class Spectrograms:
         """One clip, (frames, mel bands)."""
         return self.frames[self.start[i] : self.start[i] + self.length[i]]
 
-    def batch(self, index, device):
-        """Training clips, each at a speed of its own by TIME_WARP, padded with zeros to a multiple of 8 frames.
+    def batch(self, index, rate, device):
+        """Training clips, each at its own rate of speed, padded with zeros to a multiple of 8 frames.
 
         Returns (clips, frames, mel bands), lengths on the CPU, labels.
         """
-        rate = torch.exp(TIME_WARP * (2 * torch.rand(len(index)) - 1))
         length = (self.length[index] / rate).ceil().long().clamp(max=MAX_WIDTH)
         step = torch.arange(-(-int(length.max()) // 8) * 8)  # few different widths: oneDNN keeps memory for each
         at = (step * rate[:, None]).long().minimum(self.length[index, None] - 1) + self.start[index, None]
@@ -496,8 +498,9 @@ def logits_of(model, spectrograms, batch_size, device):
 
 
 def draw_epoch(data, train, generator):
-    """One epoch's batches of clip numbers: first the draw, each emotion as often, then like lengths together.
+    """One epoch's batches: clip numbers and a random rate of speed by TIME_WARP for each, (batches, clips) both.
 
+    First the draw, each emotion as often; then clips of like length at their rates come together.
     Under torchrun a batch is of all processes together: each takes every PROCESSES-th clip of it.
     """
     batch = BATCH_SIZE * PROCESSES
@@ -508,19 +511,26 @@ def draw_epoch(data, train, generator):
     else:
         drawn = torch.randperm(len(train), generator=generator)[:n]
     drawn = train[drawn]
-    batches = drawn[data.length[drawn].argsort()].view(-1, batch)
-    return batches[torch.randperm(len(batches), generator=generator)]
+    rate = torch.exp(TIME_WARP * (2 * torch.rand(n, generator=generator) - 1))
+    order = (data.length[drawn] / rate).argsort().view(-1, batch)
+    order = order[torch.randperm(len(order), generator=generator)]
+    return drawn[order], rate[order]
 
 
-def vary(x, lengths, std):
-    """Moves each clip by MEL_SHIFT and adds a tone curve by TONE: in effect another voice, room and microphone.
+def vary(x, lengths, mean, std):
+    """Moves each clip by MEL_SHIFT, adds TONE and GAIN, empties outer bands: another voice, room, microphone, line.
 
-    x: normalised (B, T, M); std: dB a unit of each mel band (M,). Still zero past each clip's frames.
+    x: normalised (B, T, M); mean, std: dB, of each mel band (M,). Still zero past each clip's frames.
     """
-    curve = F.interpolate(TONE * torch.randn(len(x), 1, 5), size=x.shape[2], mode="linear", align_corners=True)
-    band = torch.arange(x.shape[2]) + torch.randint(-MEL_SHIFT, MEL_SHIFT + 1, (len(x), 1))
-    band = band.clamp(0, x.shape[2] - 1)[:, None, :].to(x.device)
-    x = x.gather(2, band.expand_as(x)) + (curve / std).to(x.device)
+    n, n_mels = len(x), x.shape[2]
+    curve = F.interpolate(TONE * torch.randn(n, 1, 5), size=n_mels, mode="linear", align_corners=True)
+    curve += GAIN * torch.randn(n, 1, 1)
+    band = torch.arange(n_mels)
+    low, high = 0.1 * torch.rand(n, 1), 0.7 + 0.3 * torch.rand(n, 1)  # shares of the mel axis
+    lost = ((band < low * n_mels) | (band >= high * n_mels)) & (torch.rand(n, 1) < NARROW_BAND)
+    shifted = (band + torch.randint(-MEL_SHIFT, MEL_SHIFT + 1, (n, 1))).clamp(0, n_mels - 1)
+    x = x.gather(2, shifted[:, None].to(x.device).expand_as(x)) + (curve / std).to(x.device)
+    x = torch.where(lost[:, None].to(x.device), ((SILENCE - mean) / std).to(x.device), x)
     return x * inside(lengths, x.shape[1]).to(x.device)[:, :, None]
 
 
@@ -549,17 +559,18 @@ def average_weights(average, weights, n):
 def train_epoch(run, epoch):
     """One pass over the training draw; returns mean loss and accuracy. Ends the program if the loss is no number."""
     seed = SEED * 100_003 + epoch  # an epoch depends on its number alone: resuming repeats it
-    batches = draw_epoch(run.data, run.sides["train"], torch.Generator().manual_seed(seed))
+    batches, rates = draw_epoch(run.data, run.sides["train"], torch.Generator().manual_seed(seed))
     torch.manual_seed(seed + (RANK << 32))
     total = torch.zeros(2, device=run.device)  # loss, right answers
-    std = torch.tensor(run.normalization["std"])
+    mean, std = (torch.tensor(run.normalization[name]) for name in ("mean", "std"))
     run.model.train()
-    bar = tqdm(batches[:, RANK::PROCESSES], desc=f"Epoch {epoch}", unit="batch", leave=False, disable=RANK > 0)
-    for step, index in enumerate(bar, start=1):
+    own = list(zip(batches[:, RANK::PROCESSES], rates[:, RANK::PROCESSES], strict=True))
+    bar = tqdm(own, desc=f"Epoch {epoch}", unit="batch", leave=False, disable=RANK > 0)
+    for step, (index, rate) in enumerate(bar, start=1):
         if epoch <= WARMUP_EPOCHS:
             run.optimizer.param_groups[0]["lr"] = run.highest_rate * (epoch - 1 + step / len(batches)) / WARMUP_EPOCHS
-        x, lengths, label = run.data.batch(index, run.device)
-        x = hide_parts(vary(x, lengths, std), lengths)
+        x, lengths, label = run.data.batch(index, rate, run.device)
+        x = hide_parts(vary(x, lengths, mean, std), lengths)
         with torch.autocast(run.device.type, run.amp, enabled=run.amp is not None):
             logits = run.parallel(x, lengths)
         loss = F.cross_entropy(logits.float(), label, label_smoothing=LABEL_SMOOTHING)
@@ -1082,6 +1093,7 @@ def main():
     if RANK == 0:
         finish(run, time.perf_counter() - started)
     if PROCESSES > 1:
+        torch.distributed.barrier()  # a process that leaves while rank 0 still writes can abort on its way out
         torch.distributed.destroy_process_group()
     return 0
 

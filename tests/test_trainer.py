@@ -101,16 +101,19 @@ def test_sampler_draws_every_emotion_as_often(constants):
     data.label = torch.repeat_interleave(torch.arange(6), torch.tensor([1000, 500, 250, 100, 50, 2100]))
     data.length = torch.randint(10, 100, (4000,))
     everyone = torch.arange(4000)
-    shares = lambda weighted: (constants(WEIGHTED_SAMPLING=weighted), data.label[trainer.draw_epoch(data, everyone, torch.Generator().manual_seed(1)).flatten()].bincount() / 4000)[1]  # noqa: E731
+    shares = lambda weighted: (constants(WEIGHTED_SAMPLING=weighted), data.label[trainer.draw_epoch(data, everyone, torch.Generator().manual_seed(1))[0].flatten()].bincount() / 4000)[1]  # noqa: E731
     assert (shares(True) - 1 / 6).abs().max() < 0.03
     assert (shares(False) - data.label.bincount() / 4000).abs().max() < 1e-6
 
 
 def test_batches_hold_clips_of_like_length(constants):
-    constants(BATCH_SIZE=10)
+    """Of like length at the speeds drawn for them."""
+    constants(BATCH_SIZE=10, TIME_WARP=0.4)
     data = trainer.Spectrograms.__new__(trainer.Spectrograms)
     data.label, data.length = torch.arange(600) % 6, torch.randint(10, 190, (600,), generator=torch.Generator().manual_seed(0))
-    length = data.length[trainer.draw_epoch(data, torch.arange(600), torch.Generator().manual_seed(1))]
+    index, rate = trainer.draw_epoch(data, torch.arange(600), torch.Generator().manual_seed(1))
+    assert 0.67 < rate.min() < 0.69 and 1.45 < rate.max() < 1.5
+    length = data.length[index] / rate
     assert (length.amax(1) - length.amin(1)).float().mean() < 10
     assert (length.float().mean(1).diff() < 0).any()  # but not the short ones first
 
@@ -243,29 +246,46 @@ def test_learning_rate_decays_after_so_many_epochs(stubbed, constants):
 
 
 def test_varied_clips_move_by_bands_and_by_a_smooth_curve(constants):
-    constants(MEL_SHIFT=3, TONE=0.0)
+    constants(MEL_SHIFT=3, TONE=0.0, GAIN=0.0, NARROW_BAND=0.0)
     torch.manual_seed(0)
+    mean, std = torch.full((32,), -60.0), torch.full((32,), 4.0)
     lengths = torch.tensor([9, 5] * 20)
     x = torch.arange(32.0).expand(40, 9, 32) * trainer.inside(lengths, 9)[:, :, None]
-    moved = trainer.vary(x, lengths, torch.ones(32))[:, 0, 3:-3] - x[:, 0, 3:-3]
+    moved = trainer.vary(x, lengths, mean, std)[:, 0, 3:-3] - x[:, 0, 3:-3]
     assert set(moved.unique().tolist()) == {-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0} and (moved == moved[:, :1]).all()
     constants(MEL_SHIFT=0, TONE=2.0)
     lengths = torch.tensor([9, 5] * 500)
-    varied = trainer.vary(torch.zeros(1000, 9, 32), lengths, torch.full((32,), 4.0))
+    varied = trainer.vary(torch.zeros(1000, 9, 32), lengths, mean, std)
     assert (varied[1::2, 5:] == 0).all() and torch.equal(varied[:, 0], varied[:, 4])
     assert varied[:, 0, 0].std() == pytest.approx(0.5, abs=0.05)  # 2 dB where a unit is 4
     assert varied[:, 0].diff(dim=1).abs().max() < 0.5
 
 
+def test_varied_clips_are_louder_or_lose_outer_bands(constants):
+    constants(MEL_SHIFT=0, TONE=0.0, GAIN=3.0, NARROW_BAND=0.0)
+    torch.manual_seed(0)
+    mean, std = torch.full((50,), -60.0), torch.full((50,), 4.0)
+    x, lengths = torch.zeros(1000, 9, 50), torch.tensor([9, 5] * 500)
+    louder = trainer.vary(x, lengths, mean, std)
+    assert (louder[:, :5] == louder[:, :1, :1]).all() and (louder[1::2, 5:] == 0).all()
+    assert louder[:, 0, 0].std() == pytest.approx(0.75, abs=0.05)  # 3 dB where a unit is 4
+    constants(GAIN=0.0, NARROW_BAND=0.3)
+    varied = trainer.vary(x, lengths, mean, std)
+    assert set(varied[:, :5].unique().tolist()) == {0.0, -10.0}  # silence is -100 dB
+    lost = varied[:, 0] < 0
+    assert lost[:, -1].float().mean() == pytest.approx(0.3, abs=0.05) and (lost[:, 5:35] == 0).all()
+    assert (lost[:, 35:-1] <= lost[:, 36:]).all() and lost[:, 37].any() and lost[:, 0].any()
+
+
 def test_warped_clips_are_whole_and_at_another_speed(constants):
-    constants(TIME_WARP=0.2, MAX_WIDTH=90)
+    constants(MAX_WIDTH=90)
     data = trainer.Spectrograms.__new__(trainer.Spectrograms)
     data.frames = torch.arange(1.0, 181.0)[:, None].expand(180, 3)
     data.start, data.length, data.label = torch.tensor([0, 100]), torch.tensor([100, 80]), torch.tensor([0, 1])
     torch.manual_seed(0)
     seen = set()
     for _ in range(50):
-        x, lengths, label = data.batch(torch.tensor([1, 0, 1]), torch.device("cpu"))
+        x, lengths, label = data.batch(torch.tensor([1, 0, 1]), torch.empty(3).uniform_(0.82, 1.22), torch.device("cpu"))
         assert x.shape[1] % 8 == 0 and lengths.max() <= 90 and label.tolist() == [1, 0, 1]
         seen |= set(lengths[[0, 2]].tolist())
         for clip, n in zip(x[[0, 2], :, 0], lengths[[0, 2]], strict=True):
@@ -443,7 +463,7 @@ def test_processes_share_one_draw(constants):
     constants(BATCH_SIZE=8, PROCESSES=2)
     data = trainer.Spectrograms.__new__(trainer.Spectrograms)
     data.label, data.length = torch.arange(96) % 6, torch.arange(96) + 10
-    batches = trainer.draw_epoch(data, torch.arange(96), torch.Generator().manual_seed(0))
+    batches, _ = trainer.draw_epoch(data, torch.arange(96), torch.Generator().manual_seed(0))
     assert batches.shape == (6, 16)
     shares = [batches[:, rank::2] for rank in (0, 1)]
     assert torch.equal(torch.cat(shares, 1).sort(1).values, batches.sort(1).values)
