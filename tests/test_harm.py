@@ -1,7 +1,8 @@
 """Harm done on purpose: kills, full disks, vanishing input, two runs at once, mutated files.
 
     sh tests/run.sh -k harm               a few kills, 1,000 mutated files
-    sh tests/run.sh -m slow -k harm -s    30 kills a script, 10,000 mutated files and spectrograms; prints the counts
+    sh tests/run.sh -m slow -k harm -s    30 kills a script, 10,000 mutated files and spectrograms, 20,000 files through
+                                          the tester, 30,000 spectrograms through the trainer; prints the counts
 """
 
 import csv
@@ -325,3 +326,59 @@ def test_harm_mutated_spectrograms(tmp_path, slow):
             outcomes[re.sub(r"[(\d].*", "", str(end).replace(str(path), "")).strip()] += 1
     assert len(outcomes) > 1
     print(f"\nspectrograms: {dict(outcomes)}")
+
+
+def memory_between(log, command, begun, ended):
+    """Resident memory (MB) of a command from the moment that begun() holds until ended() does, ten times a second."""
+    with open(log, "w") as output:
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=output, stderr=subprocess.STDOUT)
+    samples = []
+    while process.poll() is None and not ended():
+        if begun():
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            samples += [int(kilobytes) / 1000 for kilobytes in re.findall(r"^VmRSS:\s+(\d+)", status, re.M)]
+        time.sleep(0.1)
+    assert process.wait() == 0, log.read_text()
+    return samples
+
+
+def assert_flat(what, samples):
+    """The last tenth of the time needs no more memory than the second: at most 5 % or 30 MB."""
+    n = len(samples) // 10
+    assert n >= 3, f"too few looks: {len(samples)}"
+    early, late = np.mean(samples[n : 2 * n]), np.mean(samples[-n:])
+    print(f"\n{what}: {early:.0f} MB in the second tenth of the time, {late:.0f} MB in the last")
+    assert late < max(1.05 * early, early + 30)
+
+
+@pytest.mark.slow
+def test_harm_20_000_files_in_flat_memory(corpus, trained, tmp_path):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    (tmp_path / "in").mkdir()
+    clips = sorted(corpus.iterdir())
+    for i in range(20_000):
+        (tmp_path / f"in/{i}.wav").symlink_to(clips[i % len(clips)])
+    results = tmp_path / "out/classification_results.csv"
+    options = ("--input_dir", tmp_path / "in", "--model_path", trained / "best_model.pth", "--output_dir", results.parent, "--cpu")
+    partial = results.with_name(f"{results.name}.partial")
+    samples = memory_between(tmp_path / "log", (ROOT / "custom2_tester.py", *options), partial.exists, results.exists)
+    assert len(results.read_text().splitlines()) == 20_001
+    assert_flat("tester, 20,000 files", samples)
+
+
+@pytest.mark.slow
+def test_harm_30_000_spectrograms_in_flat_memory(mels, tmp_path):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    for path in mels.glob("*/*.npy"):
+        actor, rest = path.name.split("_", 1)
+        (tmp_path / "mels" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        for i in range(209):  # times 144 spectrograms
+            os.link(path, tmp_path / "mels" / path.parent.name / f"{actor}_{i}{rest}")
+    shutil.copy(mels / "mel_config.json", tmp_path / "mels")
+    out = tmp_path / "output"
+    script = edited_trainer(tmp_path, **TOY | {"MEL_DIR": str(tmp_path / "mels"), "OUTPUT_DIR": str(out), "EPOCHS": 1})
+    # split.csv is written when all spectrograms have been read
+    samples = memory_between(tmp_path / "log", (script,), (out / "split.csv").exists, (out / "last_checkpoint.pth").exists)
+    assert_flat("trainer, 30,000 spectrograms", samples)
