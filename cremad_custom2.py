@@ -114,7 +114,8 @@ VARIANT_NAMES = ("original", "time_shift_pos", "time_shift_neg", "pitch_up", "pi
 MEL_SETTINGS = ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")
 SILENCE = -100.0  # dB, the least that mel_generator.py writes
 FORMAT_VERSION = 1
-NO_SETTINGS = {"F", "EMOTIONS", "SILENCE", "NO_SETTINGS", "FREE_TO_CHANGE", "RANK"}
+NO_SETTINGS = {"F", "EMOTIONS", "SILENCE", "NO_SETTINGS", "UNSAID", "FREE_TO_CHANGE", "RANK"}
+UNSAID = {"VARIANT_NAMES", "MEL_SETTINGS", "FORMAT_VERSION", "PROCESSES", "SPLIT_SHA256", "DATA_SHA256"}
 FREE_TO_CHANGE = {"MEL_DIR", "OUTPUT_DIR", "EPOCHS", "PATIENCE", "RESUME", "DEVICE"}  # between a run and its resumption
 
 
@@ -203,6 +204,8 @@ def read_mel_config(mel_dir):
     path = mel_dir / "mel_config.json"
     if not mel_dir.is_dir():
         sys.exit(f"MEL_DIR = {MEL_DIR!r} is no folder: run mel_generator.py first, or name its --output_dir.")
+    if not path.exists():
+        sys.exit(f"MEL_DIR = {MEL_DIR!r} holds no mel_config.json: name the --output_dir of mel_generator.py.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         return {name: config[name] for name in MEL_SETTINGS}
@@ -317,9 +320,12 @@ def room_for(n_frames, n_mels):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):  # Windows does not tell
         memory = math.inf
-    if 4 * n_frames * n_mels < memory / 2:
+    if 4 * n_frames * n_mels < memory / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         return np.empty((n_frames, n_mels), np.float32)
-    return np.memmap(tempfile.TemporaryFile(dir=OUTPUT_DIR), np.float32, "w+", shape=(n_frames, n_mels))
+    file = tempfile.TemporaryFile(dir=OUTPUT_DIR)
+    if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the program without a word
+        os.posix_fallocate(file.fileno(), 0, 4 * n_frames * n_mels)
+    return np.memmap(file, np.float32, "r+", shape=(n_frames, n_mels))
 
 
 class Spectrograms:
@@ -725,7 +731,7 @@ def whole_file(path):
 def write_text(path, text):
     """Writes a text, whole or not at all."""
     with whole_file(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+        Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def plot_confusion(path, true, predicted, names, title):
@@ -764,6 +770,8 @@ def plot_history(path, history, best_epoch):
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
         for column, (scale, label, colour, style) in lines.items():
             ax.plot(scale * table[column], color=colour, linestyle=style, marker=".", label=label)
+        if title.startswith("Accuracy"):
+            ax.axhline(100 / len(EMOTIONS), color="#555555", linestyle="-.", linewidth=1, label="chance")
         ax.axvline(best_epoch, color="#555555", linestyle="--", linewidth=1, label=f"best epoch, {best_epoch}")
         ax.set(xlabel="Epoch", ylabel=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -792,13 +800,20 @@ def plot_report(path, stems, actors, logits, label, temperature):
     level = [(stem.upper().split("_") + [""] * 4)[3] for stem in stems]
     names = {"LO": "low", "MD": "medium", "HI": "high", "XX": "not told"}
     by_level = right.groupby(level).agg(["mean", "size"]).reindex([code for code in names if code in level])
-    places["actor"].bar(by_actor.index.astype(str), by_actor, color="#0072B2")
+    labels = [os.fsencode(actor).decode("utf-8", "replace") for actor in by_actor.index]
+    places["actor"].bar(labels, by_actor, color="#0072B2", width=min(0.8, len(labels) / 8))
     places["actor"].axhline(right.mean(), color="#D55E00", linestyle="--", label=f"all clips, {right.mean():.1f} %")
     places["actor"].set(xlabel="Test actor", ylabel="Accuracy (%)", ylim=(0, 100))
     places["actor"].tick_params(axis="x", rotation=90 if len(by_actor) > 12 else 0)
-    places["actor"].legend(fontsize=8)
-    bars = [f"{names[code]}\n({n})" for code, n in by_level["size"].items()]
-    places["intensity"].bar(bars, by_level["mean"], color="#0072B2")
+    places["actor"].legend(fontsize=8, loc="lower right")
+    if len(by_level):
+        bars = [f"{names[code]}\n({n})" for code, n in by_level["size"].items()]
+        places["intensity"].bar(bars, by_level["mean"], color="#0072B2", width=min(0.8, len(bars) / 4))
+    else:
+        places["intensity"].text(
+            0.5, 50, "file names tell none", ha="center", transform=places["intensity"].get_yaxis_transform()
+        )
+        places["intensity"].set_xticks([])
     places["intensity"].set(xlabel="Intensity (clips)", ylabel="Accuracy (%)", ylim=(0, 100))
     for divisor, words, colour, style in ((1.0, "before", "#E69F00", ":"), (temperature, "after", "#0072B2", "-")):
         confidence, accuracy = reliability((logits / divisor).softmax(1), label)
@@ -858,7 +873,8 @@ class Run:
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "max", factor=LR_FACTOR, patience=LR_PATIENCE
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        # On a GPU always: PyTorch's autocast gives cuDNN's LSTM float16, whatever the number type of the rest.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is not None and device.type == "cuda")
         self.parts = {
             "model": self.model, "average": self.average, "optimizer": self.optimizer,
             "scheduler": self.scheduler, "scaler": self.scaler
@@ -890,6 +906,7 @@ class Run:
             "max_width": MAX_WIDTH,
             "classes": [{"code": code, "name": name} for code, name in EMOTIONS.items()],
             "temperature": temperature,
+            "training_actors": sorted(set(self.clips.actor[self.clips.split == "train"])),
             "epoch": self.best_epoch,
             "metrics": self.history[-1],
             "training_config": self.settings,
@@ -929,13 +946,18 @@ class Run:
 
 
 def keep_previous(output_dir):
-    """Renames an earlier training's model and checkpoint after their time: a new one must not destroy them."""
-    for path in (output_dir / "best_model.pth", output_dir / "last_checkpoint.pth"):
-        if path.exists():
-            ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-            kept = path.with_name(f"{path.stem}_{ended}.pth")
-            os.replace(path, kept)
-            print(f"An earlier training's {path.name} is kept as {kept}.")
+    """Moves an earlier training's files to a folder of their own: a new one must not destroy or mix with them."""
+    names = "best_model.pth history.csv training_history.png confusion_matrix.png classification_report.txt"
+    names += " test_report.png metrics.json test_predictions.csv split.csv run.json last_checkpoint.pth"
+    found = [path for path in (output_dir / name for name in names.split()) if path.exists()]
+    models = [path for path in found if path.suffix == ".pth"]
+    if models:  # the checkpoint goes last and names the folder: a move that was cut short goes on into the same one
+        ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(models[-1].stat().st_mtime))
+        folder = output_dir / f"earlier_{ended}"
+        folder.mkdir(exist_ok=True)
+        for path in found:
+            os.replace(path, folder / path.name)
+        print(f"An earlier training's files are kept in {folder}.")
 
 
 def read_best(path, device):
@@ -1015,13 +1037,22 @@ def run_record(seconds, packages, **details):
 
 
 def print_setup(run):
-    """Constants, split and device, before the first epoch."""
-    print(textwrap.fill("  ".join(f"{name} = {value!r}" for name, value in run.settings.items()), 118))
+    """Constants, split and device, before the first epoch; and what makes the figures worth less."""
+    constants = {name: value for name, value in run.settings.items() if name not in UNSAID}
+    print(textwrap.fill("  ".join(f"{name} = {value!r}" for name, value in constants.items()), 118))
     rows = []
     for side, index in run.sides.items():
         counts = run.data.label[index].bincount(minlength=len(EMOTIONS)).tolist()
         rows.append([side, len(index), run.clips.actor[index.numpy()].nunique(), *counts])
     print(tabulate(rows, headers=["", "spectrograms", "actors", *EMOTIONS]))
+    for side, _, n_actors, *counts in rows:
+        absent = ", ".join(name for name, n in zip(EMOTIONS, counts, strict=True) if not n)
+        if absent:
+            print(f"Note: no clip of {absent} to {side}.")
+        if n_actors < 3 and side != "train":
+            print(f"Note: {n_actors} actor(s) to {side}: figures of so few people say little about others.")
+    if (n := len(run.sides["train"]) // (BATCH_SIZE * PROCESSES)) < 20:
+        print(f"Note: an epoch has {n} step(s) of BATCH_SIZE {BATCH_SIZE}: lower it, or raise EPOCHS.")
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     number_type = str(run.amp or torch.float32).removeprefix("torch.")
     print(f"{run.device}, {number_type}, {millions:.1f} M parameters.")
@@ -1072,6 +1103,7 @@ def configuration(clips, mel_config, normalization):
 def main():
     """Reads, splits, trains, reports."""
     parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     check_constants()
     started, (device, amp), output_dir = time.perf_counter(), pick_device(), Path(OUTPUT_DIR)
     join_processes(device)

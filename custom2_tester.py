@@ -75,6 +75,7 @@ from tqdm import tqdm
 # Constants
 
 AUDIO_SUFFIXES = (".wav", ".flac")
+MOST_SAMPLES = 2**40  # a file that claims more does not know its own length
 BATCHES_AT_ONCE = 4  # batches of files read ahead, sorted by length, and written together
 SHOWN_FILES = 20  # at most this many rows on the screen
 FORMAT_VERSION = 1
@@ -83,10 +84,16 @@ ROW_END = ("duration_s", "true_class", "error", "unheard_s", "uncertain")
 ERROR = ROW_END.index("error") - len(ROW_END)
 LINES = ("#D55E00", "#009E73", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7")  # Okabe and Ito's colours
 SEGMENT_START = ("file", "start_s", "end_s", "predicted_class", "confidence")
+RUN_OPTIONS = ("max_width", "segments", "window", "step", "min_confidence")  # rows depend on these, model and input
 
 
 # --------------------------------------------------------------------------------------
 # Reading
+
+
+def native(path):
+    """A path as libsndfile takes it: bytes, so that names that are no UTF-8 work too; on Windows text."""
+    return os.fspath(path) if os.name == "nt" else os.fsencode(path)
 
 
 def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
@@ -106,8 +113,10 @@ def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
     if not head:
         raise ValueError("empty: the file has 0 bytes")
     try:
-        with soundfile.SoundFile(os.fsencode(path)) as file:
+        with soundfile.SoundFile(native(path)) as file:
             rate = file.samplerate
+            if file.frames > MOST_SAMPLES:
+                raise ValueError("unreadable: its header does not tell its length; convert it: ffmpeg -i this new.wav")
             file.seek(int(start * rate))
             samples = file.read(-1 if seconds is None else math.ceil(seconds * rate), "float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
@@ -120,7 +129,8 @@ def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
         raise ValueError("not finite: NaN, infinite or boundless samples")
     mono = samples.mean(axis=1)
     if np.ptp(mono) == 0:
-        raise ValueError("silent: all samples are equal")
+        part = "" if seconds is None else f" in the {seconds:.1f} s from {start:.1f} s on"
+        raise ValueError(f"silent: all samples are equal{part}")
     if rate != sample_rate:
         mono = librosa.resample(mono, orig_sr=rate, target_sr=sample_rate)
     if len(mono) < hop_length:
@@ -193,8 +203,11 @@ def read_checkpoint(path, device):
     needed = "format_version model_state_dict model_config mel_config normalization max_width classes temperature"
     missing = [key for key in needed.split() if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
-        sys.exit(f"{path} is no best_model.pth of cremad_custom2.py: it lacks {', '.join(missing)}.")
-    if checkpoint["format_version"] != FORMAT_VERSION:
+        sys.exit(
+            f"{path} is no best_model.pth of cremad_custom2.py (it lacks {', '.join(missing)}): "
+            "name the file of that name in its OUTPUT_DIR."
+        )
+    if str(checkpoint["format_version"]) != str(FORMAT_VERSION):
         sys.exit(
             f"{path} has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}: "
             "use the scripts of one release together."
@@ -208,17 +221,37 @@ def load_checkpoint(path, device):
     try:
         model = EmotionClassifier(**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
-        mean, std = (torch.tensor(checkpoint["normalization"][key]) for key in ("mean", "std"))
-        if not len(mean) == len(std) == checkpoint["mel_config"]["n_mels"] == checkpoint["model_config"]["n_mels"]:
-            raise ValueError("mel_config, model_config and normalization differ in their number of mel bands")
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        check_contents(checkpoint)
+        noise = np.random.default_rng(0).standard_normal(checkpoint["mel_config"]["sample_rate"], np.float32)
+        mels = [log_mel(noise, **checkpoint["mel_config"])]
+        probabilities = classify(mels, model, checkpoint, checkpoint["max_width"], 1, torch.device("cpu"))
+    except Exception as error:  # contents from anywhere make anything of the above raise anything
         sys.exit(
-            f"{path} contradicts itself ({' '.join(str(error).split())[:300]}): "
+            f"{path} contradicts itself ({' '.join(str(error).split())[:300] or type(error).__name__}): "
             "take a best_model.pth as cremad_custom2.py wrote it."
         )
-    if not all(torch.isfinite(value).all() for value in [mean, std, *model.state_dict().values()]):
+    if not np.isfinite(probabilities).all():
         sys.exit(f"{path} holds weights that are NaN or infinite: train again with a lower LEARNING_RATE.")
     return model.to(device).eval(), checkpoint
+
+
+def check_contents(checkpoint):
+    """Raises ValueError for what stands beside the weights in best_model.pth and cannot be what the trainer wrote."""
+    mel, model, classes = (checkpoint[key] for key in ("mel_config", "model_config", "classes"))
+    mean, std = (torch.tensor(checkpoint["normalization"][key]) for key in ("mean", "std"))
+    temperature, width, rate = checkpoint["temperature"], checkpoint["max_width"], mel["sample_rate"]
+    bands = {len(mean), len(std), mel["n_mels"], model["n_mels"]}
+    counts = {len(classes), len({c["code"] for c in classes}), len({c["name"] for c in classes}), model["n_classes"]}
+    rules = {
+        "mel_config, model_config and normalization differ in their number of mel bands": len(bands) == 1,
+        "a deviation of the normalization is not over 0": bool((std > 0).all()),
+        "classes are not a code and a name for each of the model's outputs": len(counts) == 1,
+        "temperature is no number over 0": type(temperature) is float and 0 < temperature < math.inf,
+        "max_width is no whole number over 0": type(width) is int and width > 0,
+        "sample_rate is none of this world": type(rate) is int and 1000 <= rate <= 1_000_000,
+    }
+    if wrong := [words for words, good in rules.items() if not good]:
+        raise ValueError("; ".join(wrong))
 
 
 def in_shard(path, shard):
@@ -241,8 +274,9 @@ def cut_windows(paths, folder, window, step):
         rest = 0.0
         if window is not None:
             with contextlib.suppress(soundfile.SoundFileError, OSError):  # reading it will tell
-                rest = soundfile.info(os.fsencode(os.path.join(folder, path))).duration - window
-        starts = [*np.arange(0.0, rest, step).tolist(), rest] if rest > 0 else [0.0]
+                info = soundfile.info(native(os.path.join(folder, path)))
+                rest = info.duration - window if info.frames <= MOST_SAMPLES else 0.0
+        starts = [*np.arange(0.0, rest - 1e-6, step).tolist(), rest] if rest > 0 else [0.0]
         windows += [(path, start) for start in starts]
     return windows
 
@@ -256,7 +290,7 @@ def read_clip(window, folder, mel_config, seconds):
     try:
         samples = load_audio(path, mel_config["sample_rate"], mel_config["hop_length"], start, seconds)
         heard = len(samples) / mel_config["sample_rate"]
-        length = heard if start + heard < seconds else soundfile.info(os.fsencode(path)).duration
+        length = heard if start + heard < seconds else soundfile.info(native(path)).duration
         return log_mel(samples, **mel_config), length, ""
     except (ValueError, MemoryError, soundfile.SoundFileError) as error:
         return None, None, str(error) or "too long for this machine's memory"
@@ -468,7 +502,7 @@ def whole_file(path):
 def write_text(path, text):
     """Writes a text, whole or not at all."""
     with whole_file(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+        Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def plot_confusion(path, true, predicted, names, title):
@@ -495,7 +529,9 @@ def write_rows(path, mode, rows):
     """Writes ("w") or appends ("a") rows to a CSV; file names that are no UTF-8 keep their bytes."""
     try:
         with open(path, mode, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+            for row in rows:  # Python before 3.13 does not see by itself that a carriage return needs quotes
+                quoting = csv.QUOTE_ALL if "\r" in row[0] else csv.QUOTE_MINIMAL
+                csv.writer(file, lineterminator="\n", quoting=quoting).writerow(row)
     except OSError as error:  # a full disk's own names no file
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -505,59 +541,78 @@ def cell(path):
     return f"./{path}" if path[0] in "=+-@" else path
 
 
+def table_path(args, kind, shard=None, end=""):
+    """Where the results or the segments stand, of all files or of a shard; end: of the files beside them."""
+    part = "" if shard is None else f".{shard[0]}-of-{shard[1]}"
+    return args.output_dir / f"{kind}{part}.csv{end}"
+
+
+def table_columns(args, checkpoint):
+    """The columns of classification_results.csv and, with --segments, of segments.csv."""
+    names = [c["name"] for c in checkpoint["classes"]]
+    columns = {"classification_results": [*ROW_START, *names, *ROW_END]}
+    return columns | ({"segments": [*SEGMENT_START, *names]} if args.segments else {})
+
+
+def run_note(args):
+    """What a run's rows depend on, as text: kept beside them, so that none of another run come among them."""
+    model = hashlib.sha256(args.model_path.read_bytes()).hexdigest()
+    options = "".join(f"{name} {getattr(args, name)}\n" for name in RUN_OPTIONS)
+    return f"model {model}\ninput_dir {args.input_dir.resolve()}\n{options}"
+
+
+def is_noted(path, note):
+    """Whether a run's note is there and says the same."""
+    return path.exists() and path.read_text(encoding="utf-8", errors="surrogateescape") == note
+
+
 class Results:
     """classification_results.csv and, with --segments, segments.csv in the making.
 
-    Rows go to .partial files, some files' at a time, each file's picture before its row; finish() names them.
+    Rows go to .partial files, some files' at a time, each file's picture before its row.
     """
 
     def __init__(self, args, checkpoint, paths, artists):
         self.args, self.checkpoint, self.artists = args, checkpoint, artists
-        names = [c["name"] for c in checkpoint["classes"]]
-        self.columns = {"classification_results": [*ROW_START, *names, *ROW_END]}
-        if args.segments:
-            self.columns["segments"] = [*SEGMENT_START, *names]
-        self.partial = {kind: args.output_dir / f"{table_name(kind, args.shard)}.partial" for kind in self.columns}
+        self.columns = table_columns(args, checkpoint)
+        self.partial = {kind: table_path(args, kind, args.shard, ".partial") for kind in self.columns}
         self.order = {cell(path): i for i, path in enumerate(paths)}
         self.pictures = picture_paths(paths, args.output_dir) if artists else {}
         self.new, self.drawing = {kind: [] for kind in self.columns}, []
-        main = self.partial["classification_results"]
-        self.note = main.with_name(f"{main.name}.run")
-        lock(main)
-        self.take_up()
+        lock(self.partial["classification_results"])
+        self.done = self.take_up()
 
     def take_up(self):
-        """Begins the partial files anew or, with --resume, goes on from those of the same run; self.done: its files."""
-        args, kept = self.args, {kind: [] for kind in self.columns}
-        model = hashlib.sha256(args.model_path.read_bytes()).hexdigest()
-        names = ("max_width", "segments", "window", "step", "min_confidence", "shard")
-        now = f"model {model}\ninput_dir {args.input_dir.resolve()}\n" + "".join(
-            f"{n} {getattr(args, n)}\n" for n in names
-        )
-        if args.resume:
-            if self.note.exists() and self.note.read_text(errors="surrogateescape") != now:
+        """Begins the partial files anew or, with --resume, goes on from the same run's; returns the files done."""
+        note, now = table_path(self.args, "classification_results", self.args.shard, ".run"), run_note(self.args)
+        kept = {kind: [] for kind in self.columns}
+        if self.args.resume:
+            if note.exists() and not is_noted(note, now):
                 sys.exit(
                     f"--resume: {self.partial['classification_results']} is of another model, --input_dir or option "
-                    f"({', '.join(names)}): give the same ones again, or leave --resume out to start anew."
+                    f"({', '.join(RUN_OPTIONS)}): give the same ones again, or leave --resume out to start anew."
                 )
-            rows = read_rows(self.partial["classification_results"], self.columns["classification_results"])
-            kept["classification_results"] = [row for row in rows if row[0] in self.order and not row[ERROR]]
-        self.done = {row[0] for row in kept["classification_results"]}
-        if args.segments:
-            rows = read_rows(self.partial["segments"], self.columns["segments"])
-            kept["segments"] = [row for row in rows if row[0] in self.done]
-        with whole_file(self.note) as temporary:
-            Path(temporary).write_text(now, errors="surrogateescape")
+            earlier = {kind: read_rows(self.partial[kind], columns) for kind, columns in self.columns.items()}
+            undrawn = {cell(path) for path, picture in self.pictures.items() if not picture.exists()}
+            left = self.order.keys() - undrawn
+            kept = {kind: [row for row in rows if row[0] in left] for kind, rows in earlier.items()}
+        rows = kept["classification_results"] = [row for row in kept["classification_results"] if not row[ERROR]]
+        done = {row[0] for row in rows}
         for kind, rows in kept.items():
-            write_rows(self.partial[kind], "w", [self.columns[kind], *rows])
+            with whole_file(self.partial[kind]) as temporary:
+                write_rows(temporary, "w", [self.columns[kind], *(row for row in rows if row[0] in done)])
+        lock(self.partial["classification_results"])  # the new file too
+        write_text(note, now)
+        return done
 
     def add(self, path, windows):
         """Takes a file's windows, each (path, start, spectrogram, file's seconds, error, probabilities); how many."""
         windows = list(windows)
         good = [w for w in windows if not w[4]]
+        damage = [w[4] for w in windows if w[4] and not (good and w[4].startswith("silent"))]  # a pause is no damage
         mean = np.mean([w[5] for w in good], axis=0) if good else None
         length = good[0][3] if good else None
-        self.new["classification_results"].append(self.row(path, mean, length, "" if good else windows[0][4]))
+        self.new["classification_results"].append(self.row(path, mean, length, damage[0] if damage else ""))
         if self.args.segments:
             self.new["segments"] += [self.segment(path, *w[1:]) for w in windows]
         if self.artists and good:
@@ -604,15 +659,13 @@ class Results:
         self.drawing = []
 
     def finish(self):
-        """Sorts what a resumed run wrote in two goes, and gives the tables their names."""
+        """Writes the last rows, and sorts what a resumed run wrote in two goes."""
         self.write()
         for kind, partial in self.partial.items():
             if self.done:
                 rows = sorted(read_rows(partial, self.columns[kind]), key=lambda row: self.order[row[0]])
                 with whole_file(partial) as temporary:
                     write_rows(temporary, "w", [self.columns[kind], *rows])
-            os.replace(partial, partial.with_suffix(""))
-        self.note.unlink()
 
 
 @functools.cache
@@ -636,6 +689,7 @@ def draw_clip(path, title, mel, probabilities, names, mel_config):
     left.set_xlim(0, seconds)
     mel_ticks(left, len(mel), mel_config)
     left.set_title(os.fsencode(title).decode("utf-8", "replace"), parse_math=False, fontsize=9)
+    right.set_title(f"{names[int(np.argmax(probabilities))]}, {100 * max(probabilities):.0f} %", fontsize=9)
     for bar, p in zip(bars, probabilities, strict=True):
         bar.set(width=100 * p, color="#D55E00" if p == max(probabilities) else "#0072B2")
     save_picture(figure, path)
@@ -670,11 +724,13 @@ def draw_timeline(path, title, parts, probabilities, names, mel_config):
     """
     end = parts[-1][0] + parts[-1][1]
     heard = [part for part in parts if part[2] is not None]
-    n = min(3000, sum(mel.shape[1] for _, _, mel in heard))
+    n = 3000  # columns, more than the picture has pixels
     image = np.full((len(heard[0][2]), n), np.nan, np.float32)  # not a number: blank in the picture
     for start, seconds, mel in heard:
-        first, last = round(start / end * n), round((start + seconds) / end * n)
-        image[:, first:last] = mel[:, np.linspace(0, mel.shape[1] - 1, last - first).astype(int)]
+        first = min(round(start / end * n), n - 1)
+        last = max(round((start + seconds) / end * n), first + 1)
+        columns = mel[:, np.linspace(0, mel.shape[1] - 1, last - first).astype(int)]
+        image[:, first:last] = np.fmax(image[:, first:last], columns)  # a window's first and last frame are too faint
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True, layout="constrained")
     top = np.nanmax(image)
     limits = {"vmin": max(top - 80, np.nanmin(image)), "vmax": top}
@@ -686,14 +742,14 @@ def draw_timeline(path, title, parts, probabilities, names, mel_config):
     middle = [start + seconds / 2 for start, seconds, _ in parts]
     for name, line, marker, shares in zip(names, LINES, "os^vDX", 100 * probabilities.T, strict=False):
         below.plot(middle, shares, color=line, marker=marker, markersize=4 if len(middle) < 100 else 0, label=name)
-    below.set(xlabel="Time (s)", ylabel="Probability (%)", ylim=(0, 100))
+    below.set(xlabel="Time (s); a window stands at its middle", ylabel="Probability (%)", ylim=(0, 100))
     figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
     save_picture(figure, path)
     plt.close(figure)
 
 
 def plot_confidence(path, results, names):
-    """How sure the model was, by predicted class: median, quartiles, every clip a point."""
+    """How sure the model was, by predicted class: every clip a point; median, quartiles of five clips and more."""
     import seaborn  # here, because it takes a second to import
 
     figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
@@ -701,8 +757,9 @@ def plot_confidence(path, results, names):
     shown = results.sample(min(len(results), 3000), random_state=0)
     np.random.seed(0)  # the points' jitter: the same picture for the same results
     places = {"x": "predicted_class", "y": "percent", "order": names, "ax": axes}
-    seaborn.stripplot(shown, **places, color="#0072B2", size=2, alpha=0.5, jitter=0.3)
-    seaborn.boxplot(results, **places, color="#D55E00", fill=False, showfliers=False, width=0.7)
+    seaborn.stripplot(shown, **places, color="#0072B2", size=2 if len(shown) > 200 else 4, alpha=0.5, jitter=0.3)
+    if len(many := results[results.predicted_class.map(counts) >= 5]):
+        seaborn.boxplot(many, **places, color="#D55E00", fill=False, showfliers=False, width=0.7)
     axes.axhline(100 / len(names), color="#555555", linestyle="--", linewidth=1)
     axes.set(xlabel="Predicted emotion (number of files)", ylabel="Confidence (%)", ylim=(0, 101))
     axes.set_title("Confidence by predicted emotion (dashed: chance)")
@@ -712,8 +769,9 @@ def plot_confidence(path, results, names):
     plt.close(figure)
 
 
-def write_summary(output_dir, results, names):
+def write_summary(output_dir, results, checkpoint):
     """summary.csv, the pictures and, where true classes are known, the report; all on the screen too."""
+    names = [c["name"] for c in checkpoint["classes"]]
     good = results[results.error == ""].assign(percent=lambda r: 100 * r.confidence.astype(float))
     rows = []
     for name in names:
@@ -731,7 +789,7 @@ def write_summary(output_dir, results, names):
     plot_confidence(output_dir / "confidence_distribution.png", good, names)
     labelled = good[good.true_class != ""]
     if len(labelled):
-        write_report(output_dir, labelled, names)
+        write_report(output_dir, labelled, names, set(checkpoint.get("training_actors", ())))
 
 
 def run_record(seconds, packages, **details):
@@ -743,21 +801,24 @@ def run_record(seconds, packages, **details):
 
 def remove_earlier(output_dir):
     """Deletes an earlier run's summary, so that none stands beside results it is not of, and killed runs' leftovers."""
-    names = ("summary.csv", "confidence_distribution.png", "confusion_matrix.png", "classification_report.txt")
-    for name in names:
+    names = "summary.csv segments.csv confidence_distribution.png confusion_matrix.png classification_report.txt"
+    for name in names.split():
         (output_dir / name).unlink(missing_ok=True)
     for leftover in (output_dir / "mel_spectrograms").rglob(".*.tmp"):
         leftover.unlink()
 
 
-def write_report(output_dir, labelled, names):
-    """Accuracy, UAR, confusion matrix and report of the files whose names tell the emotion."""
+def write_report(output_dir, labelled, names, training_actors):
+    """Accuracy, UAR, confusion matrix and report of the files whose names tell the emotion; says which are no test."""
     from sklearn.metrics import classification_report  # here, because it takes a second to import
 
     true, predicted = labelled.true_class, labelled.predicted_class
     accuracy = (true == predicted).mean()
     uar = (true == predicted).groupby(true).mean().mean()
     figures = f"{len(labelled):,} files with a known emotion: accuracy {100 * accuracy:.1f} %, UAR {100 * uar:.1f} %"
+    known = labelled.file.map(lambda path: Path(path).stem.split("_")[0]).isin(training_actors).sum()
+    if known:
+        figures += f"\nToo good to be true: {known:,} of them are by actors that the model was trained on."
     print(figures)
     report = classification_report(true, predicted, labels=names, zero_division=0, digits=3)
     write_text(output_dir / "classification_report.txt", f"{figures}\n\n{report}")
@@ -811,6 +872,10 @@ def parse_args():
             parser.error(f"--{name} is {getattr(args, name)}: take 0.1 to 3600 seconds")
     if args.min_confidence is not None and not 0 <= args.min_confidence <= 1:
         parser.error(f"--min_confidence is {args.min_confidence}: take 0 to 1")
+    if args.step > args.window:
+        parser.error(f"--step {args.step:g} is longer than --window {args.window:g}: seconds between would go unheard")
+    if not args.segments and (args.window, args.step) != (3.0, 1.5):
+        parser.error("--window and --step are for --segments: give that too")
     if args.shard and args.merge:
         parser.error("--merge joins what --shard made: give one of the two")
     return args
@@ -836,8 +901,10 @@ def classify_windows(windows, args, model, checkpoint, device):
         probabilities = classify(mels, model, checkpoint, args.max_width, args.batch_size, device)
         for (path, start), (mel, length, error), p in zip(some, clips, probabilities, strict=True):
             shown = None
-            if args.visualize and mel is not None:  # of an hour not every frame: as many as a picture has room for
-                shown = mel[:, :: 1 + int(length / 60)] if args.segments else mel
+            if args.visualize and mel is not None:
+                shown = mel[:, : args.max_width]
+                if length > args.window and args.segments:  # of an hour not every frame: a picture has no room for them
+                    shown = shown[:, :: 1 + int(length / 60)]
             yield path, start, shown, length, error, p
 
 
@@ -878,44 +945,53 @@ def drawing_processes(workers):
         artists.shutdown(cancel_futures=True)
 
 
-def table_name(kind, shard):
-    """The file name of the results or the segments, of all or of a shard."""
-    return f"{kind}.{shard[0]}-of-{shard[1]}.csv" if shard else f"{kind}.csv"
-
-
-def merge(output_dir, paths):
-    """Joins the shards' tables, sorted as one run would have them, and deletes the shards'."""
-    order, found = {cell(path): i for i, path in enumerate(paths)}, []
-    for kind in ("segments", "classification_results"):
-        shards = {path.name: path for path in output_dir.glob(f"{kind}.*-of-*.csv")}
-        n = next((int(name.split("-of-")[1].removesuffix(".csv")) for name in shards), 0)
-        lost = [f"{i}/{n}" for i in range(n) if table_name(kind, (i, n)) not in shards]
-        if lost or len(shards) != n or not n and kind == "classification_results":
-            sys.exit(
-                f"--merge: {output_dir} holds {len(shards)} shards' {kind}, not one of each"
-                f"{': run ' if lost else ''}{', '.join(f'--shard {part}' for part in lost)}."
-            )
-        found += [(kind, sorted(shards.values()))] if n else []
-    for kind, shards in found:
-        with open(shards[0], newline="", encoding="utf-8", errors="surrogateescape") as file:
-            columns = next(csv.reader(file))
-        rows = [row for path in shards for row in read_rows(path, columns)]
+def merge(args, checkpoint, paths):
+    """Joins the shards' tables into partial ones, sorted as one run would have them; returns the shards' files."""
+    order, shards, note = {cell(path): i for i, path in enumerate(paths)}, [], run_note(args)
+    for kind, columns in table_columns(args, checkpoint).items():
+        found = {path.name: path for path in args.output_dir.glob(f"{kind}.*-of-*.csv")}
+        n = next((int(name.split("-of-")[1].removesuffix(".csv")) for name in found), 0)
+        parts = {i: table_path(args, kind, (i, n)) for i in range(n)}
+        lost = [f"--shard {i}/{n}" for i, path in parts.items() if path.name not in found]
+        if lost or len(found) != n or not n:
+            words = f": run {', '.join(lost)}" if lost else ""
+            sys.exit(f"--merge: {args.output_dir} holds {len(found)} shards' {kind}, not one of each{words}.")
+        for i in parts if kind == "classification_results" else ():
+            if not is_noted(shard_note := table_path(args, kind, (i, n), ".run"), note):
+                sys.exit(
+                    f"--merge: shard {i}/{n} was run with another model, --input_dir or option "
+                    f"({', '.join(RUN_OPTIONS)}): give the same ones to all shards and to --merge."
+                )
+            shards.append(shard_note)
+        rows = [row for path in parts.values() for row in read_rows(path, columns)]
         rows.sort(key=lambda row: order.get(row[0], len(order)))
-        with whole_file(output_dir / f"{kind}.csv") as temporary:
+        if other := sorted(order.keys() ^ {row[0] for row in rows}) if kind == "classification_results" else []:
+            sys.exit(f"--merge: {other[0]} came or went since the shards ran ({len(other)} files did): run them again.")
+        with whole_file(table_path(args, kind, end=".partial")) as temporary:
             write_rows(temporary, "w", [columns, *rows])
-    for path in (path for _, shards in found for path in shards):
+        shards += parts.values()
+    return shards
+
+
+def name_tables(args, kinds, shards):
+    """Gives the finished tables their names; deletes what led to them: the shards' files, and the run's note."""
+    for kind in kinds:
+        os.replace(table_path(args, kind, args.shard, ".partial"), table_path(args, kind, args.shard))
+    for path in shards:
         path.unlink()
+    if not args.shard:  # --merge will hold a shard's against the others'
+        table_path(args, "classification_results", end=".run").unlink(missing_ok=True)
 
 
 def sum_up(args, checkpoint):
-    """Summary, pictures and closing lines of classification_results.csv; returns the exit status."""
-    path = args.output_dir / table_name("classification_results", args.shard)
+    """Summary, pictures and closing lines of the finished partial table; returns the exit status."""
+    path = table_path(args, "classification_results", args.shard, ".partial")
     results = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="surrogateescape")
     failed, unheard = int((results.error != "").sum()), results.unheard_s[results.error == ""].astype(float)
     if not args.shard:
         remove_earlier(args.output_dir)
     if failed < len(results) and not args.shard:
-        write_summary(args.output_dir, results, [c["name"] for c in checkpoint["classes"]])
+        write_summary(args.output_dir, results, checkpoint)
     if (unheard > 0).any():
         print(
             f"{(unheard > 0).sum()} files are longer than {args.max_width} frames: {unheard.sum():,.1f} s are unheard "
@@ -926,9 +1002,8 @@ def sum_up(args, checkpoint):
     if failed:
         print(f"{failed} of {len(results)} files could not be classified: the column `error` says why.")
     if failed == len(results) and failed:
-        print(f"Results: {path}")
-        sys.exit(f"No file could be classified, the first because it is {results.error[0]}")
-    return 1 if args.strict and failed else 0
+        print(f"No file could be classified, the first because it is {results.error[0]}", file=sys.stderr)
+    return 1 if failed and (args.strict or failed == len(results)) else 0
 
 
 def check_window(args, mel_config):
@@ -951,21 +1026,22 @@ def main():
         args.folder = args.input_dir if args.input_dir.is_dir() else args.input_dir.parent
         paths = find_files(args.input_dir)
         if not paths:
-            empty = "holds no .wav or .flac file, nor does any folder below it."
-            sys.exit(f"{args.input_dir} {empty if args.input_dir.is_dir() else 'is no folder, and no sound file.'}")
+            words = "is no folder, and no .wav or .flac file" if args.input_dir.exists() else "does not exist"
+            empty = "holds no .wav or .flac file, nor does any folder below it; convert others: ffmpeg -i a.mp3 a.wav"
+            sys.exit(f"--input_dir {args.input_dir} {empty if args.input_dir.is_dir() else words}.")
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        if args.merge:
-            merge(args.output_dir, paths)
-        else:
+        shards = merge(args, checkpoint, paths) if args.merge else []
+        if not args.merge:
             paths = [path for path in paths if in_shard(path, args.shard)]
             print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {len(paths):,} files.")
             classify_all(args, paths, model, checkpoint, device, artists)
     status, seconds = sum_up(args, checkpoint), time.perf_counter() - started
+    name_tables(args, table_columns(args, checkpoint), shards)
     packages = "librosa matplotlib numpy pandas scikit-learn soundfile torch".split()
     model = hashlib.sha256(args.model_path.read_bytes()).hexdigest()
     record = run_record(seconds, packages, arguments=vars(args), model_sha256=model, device=device)
-    write_text(args.output_dir / table_name("run", args.shard).replace(".csv", ".json"), record)
-    print(f"{seconds:.1f} s. Results: {args.output_dir / table_name('classification_results', args.shard)}")
+    write_text(table_path(args, "run", args.shard).with_suffix(".json"), record)
+    print(f"{seconds:.1f} s. Results: {table_path(args, 'classification_results', args.shard)}")
     return status
 
 

@@ -68,6 +68,7 @@ from tqdm import tqdm
 
 EMOTIONS = {"ANG": "Angry", "DIS": "Disgust", "FEA": "Fear", "HAP": "Happy", "NEU": "Neutral", "SAD": "Sad"}
 AUDIO_SUFFIXES = (".wav", ".flac")
+MOST_SAMPLES = 2**40  # a file that claims more does not know its own length
 VARIANTS = {  # name: (kind, amount)
     "time_shift_pos": ("shift", 0.1),  # fraction of the clip, later
     "time_shift_neg": ("shift", -0.1),
@@ -87,6 +88,11 @@ NAME_MAX = 255  # bytes in a file name on every usual file system
 # Reading
 
 
+def native(path):
+    """A path as libsndfile takes it: bytes, so that names that are no UTF-8 work too; on Windows text."""
+    return os.fspath(path) if os.name == "nt" else os.fsencode(path)
+
+
 def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
     """Decodes a sound file, or `seconds` of it from `start` on, to mono at sample_rate.
 
@@ -104,8 +110,10 @@ def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
     if not head:
         raise ValueError("empty: the file has 0 bytes")
     try:
-        with soundfile.SoundFile(os.fsencode(path)) as file:
+        with soundfile.SoundFile(native(path)) as file:
             rate = file.samplerate
+            if file.frames > MOST_SAMPLES:
+                raise ValueError("unreadable: its header does not tell its length; convert it: ffmpeg -i this new.wav")
             file.seek(int(start * rate))
             samples = file.read(-1 if seconds is None else math.ceil(seconds * rate), "float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
@@ -118,7 +126,8 @@ def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
         raise ValueError("not finite: NaN, infinite or boundless samples")
     mono = samples.mean(axis=1)
     if np.ptp(mono) == 0:
-        raise ValueError("silent: all samples are equal")
+        part = "" if seconds is None else f" in the {seconds:.1f} s from {start:.1f} s on"
+        raise ValueError(f"silent: all samples are equal{part}")
     if rate != sample_rate:
         mono = librosa.resample(mono, orig_sr=rate, target_sr=sample_rate)
     if len(mono) < hop_length:
@@ -539,6 +548,7 @@ def find_input(args):
 def main():
     """Lists the clips, makes what is missing, says what came of it; returns the exit status."""
     args, started = parse_args(), time.time()
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     mel, config = settings_of(args)
     clips, skipped = find_input(args)
     for code in EMOTIONS:

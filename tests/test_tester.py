@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,8 @@ import soundfile
 import torch
 from conftest import ROOT, classify, generate, run, train
 from test_generator import bad_files
+
+import custom2_tester as tester
 
 COLUMNS = "file,predicted_class,predicted_code,confidence,Angry,Disgust,Fear,Happy,Neutral,Sad,duration_s,true_class,error,unheard_s,uncertain"
 NAMES = COLUMNS.split(",")[4:10]
@@ -112,7 +115,7 @@ def test_runs_repeat_byte_for_byte_and_resume(corpus, trained, tmp_path):
     partial.write_bytes(b"".join([lines[0], marked, *lines[2:20]]) + lines[20][:30])
     classify(corpus, model, tmp_path / "two", "--cpu", "--resume")
     (tmp_path / "three").mkdir()
-    for name, word in (("classification_results.csv.partial", whole), ("classification_results.csv.partial.run", b"another")):
+    for name, word in (("classification_results.csv.partial", whole), ("classification_results.csv.run", b"another")):
         (tmp_path / "three" / name).write_bytes(word)
     assert "is of another model" in classify(corpus, model, tmp_path / "three", "--resume", code=1)
     again = (tmp_path / "two/classification_results.csv").read_bytes().splitlines(keepends=True)
@@ -123,6 +126,9 @@ def damaged(path, what):
     checkpoint = torch.load(path, weights_only=True)
     state, config = checkpoint["model_state_dict"], checkpoint["model_config"]
     changes = {"lacks": lambda: checkpoint.pop("mel_config"), "newer": lambda: checkpoint.update(format_version=99), "NaN": lambda: state["head.0.weight"].fill_(float("nan")),
+               "cold": lambda: checkpoint.update(temperature=-1.0), "narrow": lambda: checkpoint.update(max_width=0), "twins": lambda: checkpoint["classes"].__setitem__(0, checkpoint["classes"][1]),
+               "deviation": lambda: checkpoint["normalization"]["std"].__setitem__(0, 0.0), "rate": lambda: checkpoint["mel_config"].update(sample_rate=0), "hop": lambda: checkpoint["mel_config"].update(hop_length=0),
+               "heads": lambda: config.update(heads=5), "edges": lambda: checkpoint["mel_config"].pop("fmin"), "tensor": lambda: checkpoint.update(format_version=torch.ones(3)),
                "size": lambda: config.update(hidden=16), "bands": lambda: checkpoint["mel_config"].update(n_mels=64), "keys": lambda: state.pop("head.0.weight")}  # fmt: skip
     changes[what]()
     torch.save(checkpoint, path)
@@ -139,6 +145,9 @@ class Bomb:
     (lambda p: torch.save({"weight": torch.ones(2)}, p), "it lacks format_version"), (lambda p: torch.save([1], p), "is no best_model.pth"),
     (lambda p: damaged(p, "lacks"), "lacks mel_config"), (lambda p: damaged(p, "newer"), "format version 99"), (lambda p: damaged(p, "NaN"), "NaN or infinite"),
     (lambda p: damaged(p, "size"), "contradicts itself"), (lambda p: damaged(p, "bands"), "number of mel bands"), (lambda p: damaged(p, "keys"), "contradicts itself"),
+    (lambda p: damaged(p, "cold"), "temperature is no number over 0"), (lambda p: damaged(p, "narrow"), "max_width is no whole number"), (lambda p: damaged(p, "twins"), "a code and a name for each"),
+    (lambda p: damaged(p, "deviation"), "deviation of the normalization"), (lambda p: damaged(p, "rate"), "sample_rate is none"), (lambda p: damaged(p, "hop"), "contradicts itself"),
+    (lambda p: damaged(p, "heads"), "contradicts itself"), (lambda p: damaged(p, "edges"), "contradicts itself"), (lambda p: damaged(p, "tensor"), "format version"),
 ])  # fmt: skip
 def test_strangers_checkpoints(corpus, trained, tmp_path, make, word):
     path = tmp_path / "model.pth"
@@ -151,14 +160,14 @@ def test_strangers_checkpoints(corpus, trained, tmp_path, make, word):
 def test_wrong_arguments_and_folders(corpus, trained, tmp_path):
     model = trained / "best_model.pth"
     assert "--batch_size" in classify(corpus, model, tmp_path / "out", "--batch_size", 0, code=2)
-    assert "is no folder, and no sound file" in classify(tmp_path / "absent", model, tmp_path / "out", code=1)
+    assert "does not exist" in classify(tmp_path / "absent", model, tmp_path / "out", code=1)
     (tmp_path / "empty").mkdir()
     assert "holds no .wav or .flac" in classify(tmp_path / "empty", model, tmp_path / "out", code=1)
     bad_files(tmp_path / "empty")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/summary.csv").write_text("of an earlier run")
     assert "No file could be classified" in classify(tmp_path / "empty", model, tmp_path / "out", code=1)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["classification_results.csv"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["classification_results.csv", "run.json"]
     (tmp_path / "file").write_text("x")
     assert str(tmp_path / "file") in classify(corpus, model, tmp_path / "file/out", code=1)
 
@@ -205,6 +214,8 @@ def test_unheard_seconds_and_uncertain_rows(speech, trained, tmp_path):
     assert float(rows["long.wav"]["unheard_s"]) == pytest.approx(seconds - 191 * 512 / 16000, abs=1e-3)
     assert rows["short.wav"]["unheard_s"] == "0.000" and rows["broken.wav"]["unheard_s"] == "" == rows["broken.wav"]["uncertain"]
     assert rows["long.wav"]["uncertain"] == "yes" and "2 files are uncertain" in text and "s are unheard" in text
+    assert "would go unheard" in classify(speech, trained / "best_model.pth", tmp_path, "--segments", "--step", 4, code=2)
+    assert "are for --segments" in classify(speech, trained / "best_model.pth", tmp_path, "--window", 5, code=2)
     assert "1.0 s are unheard" not in text and "longer than --max_width" in classify(speech, trained / "best_model.pth", tmp_path, "--segments", "--window", 10, code=1)
 
 
@@ -241,4 +252,90 @@ def test_shards_joined_are_one_run(corpus, trained, tmp_path):
     assert "not one of each" in classify(corpus, model, tmp_path / "three", "--merge", code=1)
     classify(corpus, model, tmp_path / "three", "--shard", "1/3")
     assert "run --shard 0/3, --shard 2/3" in classify(corpus, model, tmp_path / "three", "--merge", code=1)
+    for i in range(3):
+        classify(corpus, model, tmp_path / "three", "--shard", f"{i}/3", "--cpu")
+    assert "another model, --input_dir or option" in classify(corpus, model, tmp_path / "three", "--merge", "--max_width", 50, code=1)
+    other = tmp_path / "other.pth"
+    torch.save(torch.load(model, weights_only=True) | {"epoch": 99}, other)
+    assert "another model, --input_dir or option" in classify(corpus, other, tmp_path / "three", "--merge", code=1)
+    classify(corpus, model, tmp_path / "three", "--merge")  # what was refused is all there
+    assert not list((tmp_path / "three").glob("*-of-*.csv*"))
     assert "take I/N" in classify(corpus, model, tmp_path / "three", "--shard", "3/3", code=2)
+
+
+def test_shards_of_a_folder_that_changed_are_not_joined(corpus, trained, tmp_path):
+    shutil.copytree(corpus, tmp_path / "in")
+    model = trained / "best_model.pth"
+    for i in range(2):
+        classify(tmp_path / "in", model, tmp_path / "out", "--shard", f"{i}/2", "--cpu")
+    shutil.copy(sorted(corpus.iterdir())[0], tmp_path / "in/new.wav")
+    assert "new.wav came or went" in classify(tmp_path / "in", model, tmp_path / "out", "--merge", code=1)
+
+
+def test_damage_within_a_recording_is_an_error_with_segments_too(trained, tmp_path):
+    samples = 0.1 * np.random.default_rng(0).standard_normal(160_000).astype(np.float32)
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in/cut.flac", samples, 16000)
+    data = (tmp_path / "in/cut.flac").read_bytes()
+    (tmp_path / "in/cut.flac").write_bytes(data[: len(data) // 2])
+    samples[80_000] = np.nan
+    soundfile.write(tmp_path / "in/nan.wav", samples, 16000, subtype="FLOAT")
+    unknown = bytearray(data)
+    unknown[21:26] = bytes([unknown[21] & 0xF0, 0, 0, 0, 0])  # STREAMINFO's 36 bits: how many samples
+    (tmp_path / "in/unknown.flac").write_bytes(unknown)
+    for options in (("--segments",), ()):
+        classify(tmp_path / "in", trained / "best_model.pth", tmp_path / "out", "--cpu", "--max_width", 400, *options, code=1)
+        errors = [row["error"] for row in results(tmp_path / "out")]
+        assert "unreadable" in errors[0] or "empty" in errors[0], errors
+        assert "not finite" in errors[1] and "does not tell its length" in errors[2]
+
+
+def test_windows_never_repeat_one(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(48_000), 16000)
+    starts = [start for _, start in tester.cut_windows(["a.wav"], tmp_path, 0.9, 0.7)]
+    assert starts == pytest.approx([0.0, 0.7, 1.4, 2.1])
+
+
+def test_resuming_never_leaves_fewer_rows(corpus, trained, tmp_path):
+    """A disk that is full when a resumed run takes up the rows: they stay. Names may hold a carriage return."""
+    shutil.copytree(corpus, tmp_path / "in")
+    for name in ("a\rb.wav", "c\nd.wav"):
+        shutil.copy(sorted(corpus.iterdir())[0], tmp_path / "in" / name)
+    classify(tmp_path / "in", trained / "best_model.pth", tmp_path / "out", "--cpu")
+    table, partial = tmp_path / "out/classification_results.csv", tmp_path / "out/classification_results.csv.partial"
+    assert {"a\rb.wav", "c\nd.wav"} <= {row["file"] for row in results(tmp_path / "out")}
+    table.rename(partial)
+    rows = partial.read_bytes()
+    (tmp_path / "out/classification_results.csv.partial.tmp").mkdir()  # cannot be opened for writing
+    classify(tmp_path / "in", trained / "best_model.pth", tmp_path / "out", "--cpu", "--resume", code=1)
+    assert partial.read_bytes() == rows
+    (tmp_path / "out/classification_results.csv.partial.tmp").rmdir()
+    classify(tmp_path / "in", trained / "best_model.pth", tmp_path / "out", "--cpu", "--resume")
+    assert table.read_bytes() == rows
+    table.rename(partial)  # pictures that an earlier run did not draw are drawn
+    classify(tmp_path / "in", trained / "best_model.pth", tmp_path / "out", "--cpu", "--resume", "--visualize")
+    assert len(list((tmp_path / "out/mel_spectrograms").iterdir())) == 50
+
+
+def test_a_failure_after_classifying_loses_no_row(corpus, trained, tmp_path):
+    (tmp_path / "summary.csv.tmp").mkdir()
+    text = classify(corpus, trained / "best_model.pth", tmp_path, "--cpu", code=1)
+    assert "summary.csv" in text and "--resume" in text
+    (tmp_path / "summary.csv.tmp").rmdir()
+    text = classify(corpus, trained / "best_model.pth", tmp_path, "--cpu", "--resume")
+    assert "Classifying: 0" in text and len(results(tmp_path)) == 48, "classified again"
+
+
+def test_voices_of_the_training_are_told(corpus, unheard, trained, tmp_path):
+    assert "the model was trained on" in classify(corpus, trained / "best_model.pth", tmp_path)
+    assert "the model was trained on" in (tmp_path / "classification_report.txt").read_text()
+    assert "the model was trained on" not in classify(unheard, trained / "best_model.pth", tmp_path)
+
+
+def test_a_moment_of_sound_in_an_hour_is_in_the_picture(tmp_path):
+    parts = [(0.0, 0.5, None), (3599.5, 0.5, np.zeros((128, 16), np.float32))]
+    config = {"fmin": 0.0, "fmax": 8000.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tester.draw_timeline(str(tmp_path / "a.png"), "a", parts, np.full((2, 6), 1 / 6), NAMES, config)
+    assert (tmp_path / "a.png").exists()

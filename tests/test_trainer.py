@@ -336,9 +336,12 @@ def test_resume_without_checkpoint_says_so_and_damage_is_told(mels, tmp_path):
     (tmp_path / "output" / "last_checkpoint.pth").write_bytes(b"junk")
     assert "no checkpoint of this script" in train(tmp_path, mels, RESUME=True, code=1)
     best = (tmp_path / "output" / "best_model.pth").read_bytes()
-    assert "earlier training's best_model.pth is kept as" in train(tmp_path, mels, EPOCHS=1)
-    (kept,) = (tmp_path / "output").glob("best_model_2*.pth")
-    assert kept.read_bytes() == best and (tmp_path / "output" / "best_model.pth").exists()
+    earlier = {path.name for path in (tmp_path / "output").iterdir()}
+    assert "earlier training's files are kept in" in train(tmp_path, mels, EPOCHS=1, LEARNING_RATE=1e6, GRADIENT_CLIP=1e30, code=1)
+    (kept,) = (tmp_path / "output").glob("earlier_*")
+    assert (kept / "best_model.pth").read_bytes() == best and {path.name for path in kept.iterdir()} == earlier
+    assert not (tmp_path / "output/metrics.json").exists(), "an earlier training's figures stand beside the new split"
+    train(tmp_path, mels, EPOCHS=1)
     (tmp_path / "output" / "best_model.pth").unlink()
     assert "best_model.pth is gone" in train(tmp_path, mels, RESUME=True, code=1)
 
@@ -502,3 +505,20 @@ def test_more_spectrograms_than_memory_holds(mels, constants, monkeypatch, tmp_p
     train_side = torch.arange(100)
     assert inside.normalize(train_side) == outside.normalize(train_side) and torch.equal(inside.frames, outside.frames)
     assert seen and not list(tmp_path.iterdir())
+
+
+def test_report_of_odd_names(tmp_path):
+    """One actor whose name is no UTF-8, no intensities in the names."""
+    path = tmp_path / "report.png"
+    trainer.plot_report(path, ["a_b_ANG"] * 6, np.array(["\udcff"] * 6), torch.eye(6), torch.arange(6), 1.0)
+    assert path.stat().st_size > 10_000
+
+
+def test_what_makes_figures_worth_less_is_told(mels, tmp_path):
+    stems = sorted(path.stem.removesuffix("_original") for path in mels.glob("*/*_original.npy"))
+    sides = {"1001": "val", "1002": "test"}
+    rows = [f"{stem},{sides.get(stem[:4], 'train')}\n" for stem in stems if "_SAD_" not in stem]
+    (tmp_path / "split.csv").write_text("stem,split\n" + "".join(rows))
+    text = train(tmp_path, mels, SPLIT=str(tmp_path / "split.csv"), EPOCHS=1)
+    for words in ("no clip of SAD to train", "1 actor(s) to test", "step(s) of BATCH_SIZE 16: lower it"):
+        assert words in text
