@@ -897,6 +897,7 @@ class Run:
 
     def save_best(self, temperature):
         """Writes best_model.pth: plain Python values beside the tensors, so that weights_only=True takes them."""
+        actors = sorted(set(self.clips.actor[self.clips.split == "train"]))
         checkpoint = {
             "format_version": FORMAT_VERSION,
             "model_state_dict": {name: value.cpu() for name, value in self.average.module.state_dict().items()},
@@ -906,10 +907,9 @@ class Run:
             "max_width": MAX_WIDTH,
             "classes": [{"code": code, "name": name} for code, name in EMOTIONS.items()],
             "temperature": temperature,
-            "training_actors": sorted(set(self.clips.actor[self.clips.split == "train"])),
             "epoch": self.best_epoch,
             "metrics": self.history[-1],
-            "training_config": self.settings,
+            "training_config": self.settings | {"TRAINING_ACTORS": actors},  # so that no one tests on their voices
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
         }
         with whole_file(self.output_dir / "best_model.pth") as temporary:

@@ -248,6 +248,7 @@ def check_contents(checkpoint):
         "classes are not a code and a name for each of the model's outputs": len(counts) == 1,
         "temperature is no number over 0": type(temperature) is float and 0 < temperature < math.inf,
         "max_width is no whole number over 0": type(width) is int and width > 0,
+        "training_config is no dict": isinstance(checkpoint.setdefault("training_config", {}), dict),
         "sample_rate is none of this world": type(rate) is int and 1000 <= rate <= 1_000_000,
     }
     if wrong := [words for words, good in rules.items() if not good]:
@@ -789,7 +790,7 @@ def write_summary(output_dir, results, checkpoint):
     plot_confidence(output_dir / "confidence_distribution.png", good, names)
     labelled = good[good.true_class != ""]
     if len(labelled):
-        write_report(output_dir, labelled, names, set(checkpoint.get("training_actors", ())))
+        write_report(output_dir, labelled, names, checkpoint["training_config"].get("TRAINING_ACTORS", []))
 
 
 def run_record(seconds, packages, **details):
