@@ -1,7 +1,7 @@
 """Folds by actor: trains the trainer as it stands on each, and prints the table of README.md.
 
     python tests/cross_validate.py --mel_dir mel_spectrograms --output_dir folds
-    python tests/cross_validate.py --mel_dir mel_spectrograms --output_dir quick --only 0 2 --set EPOCHS=5 MIXUP=0.0
+    python tests/cross_validate.py --mel_dir mel_spectrograms --output_dir quick --only 0 2 --set EPOCHS=5 TONE=0.0
 
 The folds are those of scikit-learn's GroupKFold over the actors; of the actors that a fold does not test,
 one in eight validates, the others train. Writes, in --output_dir, a folder for each fold and seed with the
