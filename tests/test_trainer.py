@@ -214,6 +214,7 @@ def stubbed(constants, monkeypatch, tmp_path):
         run.parts, run.output_dir, run.sides = {"optimizer": run.optimizer}, tmp_path, {"train": range(100)}
         run.history, run.best_epoch, run.best_accuracy = [], 0, -1.0
         run.settings, run.model_config, run.mel_config, run.normalization = {}, {}, {}, {}
+        run.clips = pd.DataFrame({"actor": ["a"], "split": ["train"]})
 
         def logits(side, model):
             right = round(100 * next(queue))
