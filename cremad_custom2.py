@@ -805,7 +805,7 @@ def plot_report(path, stems, actors, logits, label, temperature):
     places["actor"].axhline(right.mean(), color="#D55E00", linestyle="--", label=f"all clips, {right.mean():.1f} %")
     places["actor"].set(xlabel="Test actor", ylabel="Accuracy (%)", ylim=(0, 100))
     places["actor"].tick_params(axis="x", rotation=90 if len(by_actor) > 12 else 0)
-    places["actor"].legend(fontsize=8, loc="lower right")
+    places["actor"].legend(fontsize=8, loc="upper left")  # over the lowest bars
     if len(by_level):
         bars = [f"{names[code]}\n({n})" for code, n in by_level["size"].items()]
         places["intensity"].bar(bars, by_level["mean"], color="#0072B2", width=min(0.8, len(bars) / 4))

@@ -429,7 +429,7 @@ def note_partial_corpus(clips):
     named_so = any(re.fullmatch(r"10\d\d", actor) for actor in actors)
     if named_so and (len(clips), len(actors)) != (CORPUS_CLIPS, CORPUS_ACTORS):
         print(
-            f"Note: this looks like CREMA-D, but is not all of it: "
+            f"Note: if this is CREMA-D, it is not all of it: "
             f"{len(clips):,} clips of {CORPUS_CLIPS:,}, {len(actors)} actors of {CORPUS_ACTORS}."
         )
 
