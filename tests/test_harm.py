@@ -133,6 +133,7 @@ def test_harm_tester_killed(many, trained, tmp_path, slow):
 
     def check():
         rows = partial.read_text().splitlines()[1:-1] if partial.exists() else []
+        rows = [row for row in rows if "0 bytes" not in row]  # a file that failed is tried again
         assert set(seen) <= set(rows) or not partial.exists(), "a written row was lost"
         seen[:] = rows
 
