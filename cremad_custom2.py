@@ -802,10 +802,10 @@ def plot_report(path, stems, actors, logits, label, temperature):
     by_level = right.groupby(level).agg(["mean", "size"]).reindex([code for code in names if code in level])
     labels = [os.fsencode(actor).decode("utf-8", "replace") for actor in by_actor.index]
     places["actor"].bar(labels, by_actor, color="#0072B2", width=min(0.8, len(labels) / 8))
-    places["actor"].axhline(right.mean(), color="#D55E00", linestyle="--", label=f"all clips, {right.mean():.1f} %")
+    places["actor"].axhline(right.mean(), color="#D55E00", linestyle="--")
     places["actor"].set(xlabel="Test actor", ylabel="Accuracy (%)", ylim=(0, 100))
     places["actor"].tick_params(axis="x", rotation=90 if len(by_actor) > 12 else 0)
-    places["actor"].legend(fontsize=8, loc="upper left")  # over the lowest bars
+    places["actor"].set_title(f"Dashed: all test clips, {right.mean():.1f} %", fontsize=9)
     if len(by_level):
         bars = [f"{names[code]}\n({n})" for code, n in by_level["size"].items()]
         places["intensity"].bar(bars, by_level["mean"], color="#0072B2", width=min(0.8, len(bars) / 4))
@@ -820,7 +820,7 @@ def plot_report(path, stems, actors, logits, label, temperature):
         places["sure"].plot(confidence, accuracy, style, color=colour, marker="o", label=f"{words} temperature")
     places["sure"].plot([0, 100], [0, 100], color="#555555", linestyle="--", linewidth=1)
     places["sure"].set(xlabel="Confidence (%)", ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 100))
-    places["sure"].legend(fontsize=8)
+    places["sure"].legend(fontsize=8, loc="lower right")
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=200)
     plt.close(figure)
