@@ -88,11 +88,11 @@ WEIGHT_DECAY = 0.01
 LABEL_SMOOTHING = 0.1  # 0 = off
 TIME_MASK = 16  # frames hidden in each training clip, at most; 0 = off
 MEL_MASK = 16  # mel bands hidden, at most; 0 = off
-TIME_WARP = 0.1  # training clips are slowed or quickened, at most by this share; 0 = off
-MEL_SHIFT = 2  # moved up or down, at most by this many mel bands; 0 = off
-TONE = 2.0  # dB, standard deviation of a random tone curve: other rooms and microphones; 0 = off
-GAIN = 0.0  # dB, standard deviation of a random gain; 0 = off
-NARROW_BAND = 0.0  # share of training clips that lose the lowest and highest bands, as on a telephone; 0 = off
+TIME_WARP = 0.2  # training clips are slowed or quickened, at most by this share; 0 = off
+MEL_SHIFT = 4  # moved up or down, at most by this many mel bands; 0 = off
+TONE = 3.0  # dB, standard deviation of a random tone curve: other rooms and microphones; 0 = off
+GAIN = 3.0  # dB, standard deviation of a random gain; 0 = off
+NARROW_BAND = 0.1  # share of training clips that lose the lowest and highest bands, as on a telephone; 0 = off
 AVERAGING = 0.997  # decay a step of the averaged weights, which are what is validated and saved; 0 = off
 GRADIENT_CLIP = 1.0  # norm
 DECAY_AFTER = 9  # epochs; after each later one the learning rate is multiplied
