@@ -123,15 +123,18 @@ FREE_TO_CHANGE = {"MEL_DIR", "OUTPUT_DIR", "EPOCHS", "PATIENCE", "RESUME", "DEVI
 # Reading
 
 
+def whole(value, least):
+    """Whether a constant is a whole number, at least so much."""
+    return type(value) is int and value >= least
+
+
+def real(value, least, most):
+    """Whether a constant is a number within limits."""
+    return type(value) in (int, float) and least <= value <= most
+
+
 def check_constants():
     """Ends the program with a sentence for each constant of the wrong type or range."""
-
-    def whole(value, least):
-        return type(value) is int and value >= least
-
-    def real(value, least, most):
-        return type(value) in (int, float) and least <= value <= most
-
     rules = [
         ("MEL_DIR OUTPUT_DIR SPLIT DEVICE", lambda v: isinstance(v, str) and v, "a text in quotes"),
         ("WEIGHTED_SAMPLING RESUME", lambda v: isinstance(v, bool), "True or False"),
@@ -591,12 +594,17 @@ def train_epoch(run, epoch):
     if PROCESSES > 1:
         torch.distributed.all_reduce(total)
     loss, accuracy = float(total[0]) / len(batches) / PROCESSES, float(total[1]) / batches.numel()
+    return check_loss(loss, epoch), accuracy
+
+
+def check_loss(loss, epoch):
+    """The loss; ends the program if it is no number."""
     if not math.isfinite(loss):
         sys.exit(
             f"The training loss is {loss} in epoch {epoch}: lower LEARNING_RATE ({LEARNING_RATE:g}), or set "
             f'AMP = "off". What is in {OUTPUT_DIR} is from the epochs before.'
         )
-    return loss, accuracy
+    return loss
 
 
 def validate(run, epoch, loss, accuracy, seconds):
@@ -790,6 +798,19 @@ def reliability(probabilities, label, bins=10):
     )
 
 
+def plot_intensity(axes, stems, right):
+    """Accuracy (%) by intensity, where file names tell it in their fourth field."""
+    level = [(stem.upper().split("_") + [""] * 4)[3] for stem in stems]
+    names = {"LO": "low", "MD": "medium", "HI": "high", "XX": "not told"}
+    table = right.groupby(level).agg(["mean", "size"]).reindex([code for code in names if code in level])
+    bars = [f"{names[code]}\n({n})" for code, n in table["size"].items()]
+    axes.bar(bars, table["mean"], color="#0072B2", width=min(0.8, len(bars) / 4))
+    if not bars:
+        axes.text(0.5, 50, "file names tell none", ha="center", transform=axes.get_yaxis_transform())
+        axes.set_xticks([])
+    axes.set(xlabel="Intensity (clips)", ylabel="Accuracy (%)", ylim=(0, 100))
+
+
 def plot_report(path, stems, actors, logits, label, temperature):
     """Accuracy by actor, sorted, and by intensity where names tell it; confidence against accuracy."""
     right = pd.Series((logits.argmax(1) == label).numpy() * 100.0)
@@ -797,24 +818,13 @@ def plot_report(path, stems, actors, logits, label, temperature):
         [["actor", "actor"], ["intensity", "sure"]], figsize=(7, 5.6), layout="constrained"
     )
     by_actor = right.groupby(actors).mean().sort_values()
-    level = [(stem.upper().split("_") + [""] * 4)[3] for stem in stems]
-    names = {"LO": "low", "MD": "medium", "HI": "high", "XX": "not told"}
-    by_level = right.groupby(level).agg(["mean", "size"]).reindex([code for code in names if code in level])
-    labels = [os.fsencode(actor).decode("utf-8", "replace") for actor in by_actor.index]
-    places["actor"].bar(labels, by_actor, color="#0072B2", width=min(0.8, len(labels) / 8))
+    names = [os.fsencode(actor).decode("utf-8", "replace") for actor in by_actor.index]
+    places["actor"].bar(names, by_actor, color="#0072B2", width=min(0.8, len(names) / 8))
     places["actor"].axhline(right.mean(), color="#D55E00", linestyle="--")
     places["actor"].set(xlabel="Test actor", ylabel="Accuracy (%)", ylim=(0, 100))
-    places["actor"].tick_params(axis="x", rotation=90 if len(by_actor) > 12 else 0)
+    places["actor"].tick_params(axis="x", rotation=90 if len(names) > 12 else 0)
     places["actor"].set_title(f"Dashed: all test clips, {right.mean():.1f} %", fontsize=9)
-    if len(by_level):
-        bars = [f"{names[code]}\n({n})" for code, n in by_level["size"].items()]
-        places["intensity"].bar(bars, by_level["mean"], color="#0072B2", width=min(0.8, len(bars) / 4))
-    else:
-        places["intensity"].text(
-            0.5, 50, "file names tell none", ha="center", transform=places["intensity"].get_yaxis_transform()
-        )
-        places["intensity"].set_xticks([])
-    places["intensity"].set(xlabel="Intensity (clips)", ylabel="Accuracy (%)", ylim=(0, 100))
+    plot_intensity(places["intensity"], stems, right)
     for divisor, words, colour, style in ((1.0, "before", "#E69F00", ":"), (temperature, "after", "#0072B2", "-")):
         confidence, accuracy = reliability((logits / divisor).softmax(1), label)
         places["sure"].plot(confidence, accuracy, style, color=colour, marker="o", label=f"{words} temperature")

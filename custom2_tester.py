@@ -96,13 +96,8 @@ def native(path):
     return os.fspath(path) if os.name == "nt" else os.fsencode(path)
 
 
-def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
-    """Decodes a sound file, or `seconds` of it from `start` on, to mono at sample_rate.
-
-    Returns float32 (samples,), full scale 1. Channels are averaged; other rates are resampled
-    with soxr's high-quality filter. Raises ValueError, with the reason in words, for whatever
-    holds nothing to classify.
-    """
+def check_head(path):
+    """Raises ValueError, with the reason in words, for a file whose first bytes tell that it is no sound."""
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -112,6 +107,16 @@ def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
         raise ValueError("Git LFS pointer, not audio: run 'git lfs pull' in the corpus's folder")
     if not head:
         raise ValueError("empty: the file has 0 bytes")
+
+
+def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
+    """Decodes a sound file, or `seconds` of it from `start` on, to mono at sample_rate.
+
+    Returns float32 (samples,), full scale 1. Channels are averaged; other rates are resampled
+    with soxr's high-quality filter. Raises ValueError, with the reason in words, for whatever
+    holds nothing to classify.
+    """
+    check_head(path)
     try:
         with soundfile.SoundFile(native(path)) as file:
             rate = file.samplerate
@@ -865,6 +870,12 @@ def parse_args():
     add("--resume", action="store_true", help="go on from an interrupted run's partial results")
     add("--strict", action="store_true", help="exit status 1 if any file failed")
     args = parser.parse_args()
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser, args):
+    """Ends the program with exit status 2 and a sentence if an option's value makes no sense."""
     for name in ("max_width", "batch_size", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}: take at least 1")
@@ -879,7 +890,6 @@ def parse_args():
         parser.error("--window and --step are for --segments: give that too")
     if args.shard and args.merge:
         parser.error("--merge joins what --shard made: give one of the two")
-    return args
 
 
 def picture_paths(paths, output_dir):

@@ -93,13 +93,8 @@ def native(path):
     return os.fspath(path) if os.name == "nt" else os.fsencode(path)
 
 
-def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
-    """Decodes a sound file, or `seconds` of it from `start` on, to mono at sample_rate.
-
-    Returns float32 (samples,), full scale 1. Channels are averaged; other rates are resampled
-    with soxr's high-quality filter. Raises ValueError, with the reason in words, for whatever
-    holds nothing to classify.
-    """
+def check_head(path):
+    """Raises ValueError, with the reason in words, for a file whose first bytes tell that it is no sound."""
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -109,6 +104,16 @@ def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
         raise ValueError("Git LFS pointer, not audio: run 'git lfs pull' in the corpus's folder")
     if not head:
         raise ValueError("empty: the file has 0 bytes")
+
+
+def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
+    """Decodes a sound file, or `seconds` of it from `start` on, to mono at sample_rate.
+
+    Returns float32 (samples,), full scale 1. Channels are averaged; other rates are resampled
+    with soxr's high-quality filter. Raises ValueError, with the reason in words, for whatever
+    holds nothing to classify.
+    """
+    check_head(path)
     try:
         with soundfile.SoundFile(native(path)) as file:
             rate = file.samplerate
