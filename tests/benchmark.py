@@ -28,7 +28,7 @@ from editing import ROOT, edited_trainer
 from tabulate import tabulate
 from tqdm import tqdm
 
-GROUPS = ("help", "generator", "trainer", "tester", "memory", "growth")
+GROUPS = ("help", "generator", "trainer", "tester", "pictures", "memory", "growth")
 
 # The plain trainer's own loop, around our model class.
 PLAIN_LOOP = """
@@ -201,19 +201,22 @@ class Bench:
                 theirs = [r[plain] for r in rounds if plain in r]
                 self.add(f"trainer{words}, against {against}", "clips/s", [r[ours] for r in rounds], theirs)
 
-    def tester(self):
-        def rate(n, *options):
-            start_up = self.classify(1, *options)
-            return (n - 1) / (self.classify(n, *options) - start_up)
+    def classify_rate(self, n, *options):
+        """Clips per second of the tester, start-up taken off."""
+        start_up = self.classify(1, *options)
+        return (n - 1) / (self.classify(n, *options) - start_up)
 
+    def tester(self):
         pairs = self.in_turn(
-            lambda: rate(2000), lambda: printed_rate(self.plain("classify.py", self.wavs(300), self.fresh())[1])
+            lambda: self.classify_rate(2000), lambda: printed_rate(self.plain("classify.py", self.wavs(300), self.fresh())[1])
         )
         self.add("tester, 2,000 clips (plain: 300), start-up taken off", "clips/s", *pairs)
+
+    def pictures(self):
         pictures = self.fresh()
         pictures.mkdir()
         command = ("-c", PLAIN_PICTURES, ROOT, self.wavs(300), pictures)
-        pairs = self.in_turn(lambda: rate(300, "--visualize"), lambda: printed_rate(run(*command)[1]))
+        pairs = self.in_turn(lambda: self.classify_rate(300, "--visualize"), lambda: printed_rate(run(*command)[1]))
         self.add("tester --visualize, 300 clips, against pictures alone", "clips/s", *pairs)
 
     def memory(self):
