@@ -408,7 +408,9 @@ def write_skipped(path, skipped, clips):
         seen = set(clips.values())
         skipped = {name: reason for name, reason in earlier.items() if name not in seen} | skipped
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([("file", "reason"), *sorted(skipped.items())])
+    for row in [("file", "reason"), *sorted(skipped.items())]:
+        quoting = csv.QUOTE_ALL if "\r" in row[0] else csv.QUOTE_MINIMAL  # Python before 3.13 does not see that itself
+        csv.writer(text, lineterminator="\n", quoting=quoting).writerow(row)
     write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 

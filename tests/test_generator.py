@@ -150,7 +150,7 @@ def bad_files(folder):
 def test_every_bad_file_is_told_apart(tmp_path):
     words = bad_files(tmp_path)
     tone = (0.3 * np.sin(np.arange(16000) / 5)).astype(np.float32)
-    for name in ("1001_A_ANG_good.wav", "hello.wav", "1001_A_XYZ_1.wav", f"1001_A_ANG_{'n' * 235}.wav"):
+    for name in ("1001_A_ANG_good.wav", "hello.wav", "re\rturn\n.wav", "1001_A_XYZ_1.wav", f"1001_A_ANG_{'n' * 235}.wav"):
         soundfile.write(tmp_path / name, tone, 16000)
     (tmp_path / "z").mkdir()
     (tmp_path / "1001_A_ANG_folder.wav").mkdir()
@@ -158,7 +158,7 @@ def test_every_bad_file_is_told_apart(tmp_path):
     no_utf8 = os.fsdecode(b"J\xfcrgen_A_ANG_1")
     shutil.copy(tmp_path / "1001_A_ANG_good.wav", tmp_path / f"{no_utf8}.wav")
     text = generate(tmp_path, tmp_path / "out", "--no_augment")
-    words |= {"hello.wav": "no emotion", "1001_A_XYZ_1.wav": "no emotion", f"1001_A_ANG_{'n' * 235}.wav": "name too long", "z/1001_A_ANG_good.wav": "same stem as another file: 1001_A_ANG_good.wav"}
+    words |= {"hello.wav": "no emotion", "re\rturn\n.wav": "no emotion", "1001_A_XYZ_1.wav": "no emotion", f"1001_A_ANG_{'n' * 235}.wav": "name too long", "z/1001_A_ANG_good.wav": "same stem as another file: 1001_A_ANG_good.wav"}
     found = skipped(tmp_path / "out")
     assert found.keys() == words.keys()
     assert not [(f, found[f]) for f, word in words.items() if word not in found[f]]
