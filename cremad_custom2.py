@@ -883,7 +883,7 @@ class Run:
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "max", factor=LR_FACTOR, patience=LR_PATIENCE
         )
-        # On a GPU always: PyTorch's autocast gives cuDNN's LSTM float16, whatever the number type of the rest.
+        # On a GPU always: autocast copies the LSTM's weights to float16 (pytorch/pytorch#42385; not tried here).
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is not None and device.type == "cuda")
         self.parts = {
             "model": self.model, "average": self.average, "optimizer": self.optimizer,

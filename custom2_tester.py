@@ -235,7 +235,7 @@ def load_checkpoint(path, device):
             f"{path} contradicts itself ({' '.join(str(error).split())[:300] or type(error).__name__}): "
             "take a best_model.pth as cremad_custom2.py wrote it."
         )
-    if not np.isfinite(probabilities).all():
+    if not (np.isfinite(probabilities).all() and all(torch.isfinite(v).all() for v in model.state_dict().values())):
         sys.exit(f"{path} holds weights that are NaN or infinite: train again with a lower LEARNING_RATE.")
     return model.to(device).eval(), checkpoint
 

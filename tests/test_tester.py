@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pickle
 import re
@@ -125,7 +126,7 @@ def test_runs_repeat_byte_for_byte_and_resume(corpus, trained, tmp_path):
 def damaged(path, what):
     checkpoint = torch.load(path, weights_only=True)
     state, config = checkpoint["model_state_dict"], checkpoint["model_config"]
-    changes = {"lacks": lambda: checkpoint.pop("mel_config"), "newer": lambda: checkpoint.update(format_version=99), "NaN": lambda: state["head.0.weight"].fill_(float("nan")),
+    changes = {"lacks": lambda: checkpoint.pop("mel_config"), "newer": lambda: checkpoint.update(format_version=99), "NaN": lambda: state["head.0.weight"].fill_(float("nan")), "infinite": lambda: state["head.8.bias"].__setitem__(0, -math.inf),
                "cold": lambda: checkpoint.update(temperature=-1.0), "narrow": lambda: checkpoint.update(max_width=0), "twins": lambda: checkpoint["classes"].__setitem__(0, checkpoint["classes"][1]),
                "deviation": lambda: checkpoint["normalization"]["std"].__setitem__(0, 0.0), "rate": lambda: checkpoint["mel_config"].update(sample_rate=0), "hop": lambda: checkpoint["mel_config"].update(hop_length=0),
                "heads": lambda: config.update(heads=5), "edges": lambda: checkpoint["mel_config"].pop("fmin"), "tensor": lambda: checkpoint.update(format_version=torch.ones(3)),
@@ -143,7 +144,7 @@ class Bomb:
     (lambda p: p.write_text("hello"), "is damaged, or no checkpoint"), (lambda p: p.write_bytes(p.read_bytes()[:5000]), "is damaged, or no checkpoint"), (lambda p: p.write_bytes(b""), "is damaged, or no checkpoint"),
     (lambda p: p.write_bytes(pickle.dumps(Bomb())), "is damaged, or no checkpoint"), (lambda p: torch.save(Bomb(), p), "is damaged, or no checkpoint"), (lambda p: p.unlink(), "No such file"),
     (lambda p: torch.save({"weight": torch.ones(2)}, p), "it lacks format_version"), (lambda p: torch.save([1], p), "is no best_model.pth"),
-    (lambda p: damaged(p, "lacks"), "lacks mel_config"), (lambda p: damaged(p, "newer"), "format version 99"), (lambda p: damaged(p, "NaN"), "NaN or infinite"),
+    (lambda p: damaged(p, "lacks"), "lacks mel_config"), (lambda p: damaged(p, "newer"), "format version 99"), (lambda p: damaged(p, "NaN"), "NaN or infinite"), (lambda p: damaged(p, "infinite"), "NaN or infinite"),
     (lambda p: damaged(p, "size"), "contradicts itself"), (lambda p: damaged(p, "bands"), "number of mel bands"), (lambda p: damaged(p, "keys"), "contradicts itself"),
     (lambda p: damaged(p, "cold"), "temperature is no number over 0"), (lambda p: damaged(p, "narrow"), "max_width is no whole number"), (lambda p: damaged(p, "twins"), "a code and a name for each"),
     (lambda p: damaged(p, "deviation"), "deviation of the normalization"), (lambda p: damaged(p, "rate"), "sample_rate is none"), (lambda p: damaged(p, "hop"), "contradicts itself"),
