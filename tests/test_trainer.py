@@ -179,7 +179,7 @@ def test_logits_do_not_depend_on_batch_size_or_order():
 
 def test_mixed_precision_reaches_the_model_and_can_be_switched_off(constants, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    constants(DEVICE="cpu", AMP="auto")
+    constants(DEVICE="cpu", AMP="auto", gains_by_bfloat16=lambda: True)
     device, amp = trainer.pick_device()
     assert amp is torch.bfloat16
     seen, model = [], toy_model()
@@ -190,9 +190,24 @@ def test_mixed_precision_reaches_the_model_and_can_be_switched_off(constants, mo
     assert seen == [torch.bfloat16, torch.float32]
     constants(AMP="off")
     assert trainer.pick_device()[1] is None
-    constants(AMP="auto")
+    constants(AMP="auto", gains_by_bfloat16=lambda: False)
+    assert trainer.pick_device()[1] is None
+    constants(gains_by_bfloat16=lambda: True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert trainer.pick_device()[1] is None
+
+
+@pytest.mark.parametrize("seconds, gains", [({torch.float32: 0.02, torch.bfloat16: 0.01}, True), ({torch.float32: 0.01, torch.bfloat16: 0.02}, False)])
+def test_mixed_precision_only_where_it_is_quicker(monkeypatch, seconds, gains):
+    """Intel's Sapphire Rapids without AMX has bfloat16, at half the speed of float32."""
+    clock = [0.0]
+
+    def multiply(x, _):
+        clock[0] += seconds[x.dtype]
+
+    monkeypatch.setattr(trainer.F, "linear", multiply)
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock[0])
+    assert trainer.gains_by_bfloat16() is gains
 
 
 # ---- the loop
