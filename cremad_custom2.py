@@ -572,9 +572,9 @@ def hide_parts(x, lengths):
 @torch.no_grad()
 def average_weights(average, weights, n):
     """One step of the moving average of the weights; its first steps forget faster, to lose the random start."""
-    decay = min(AVERAGING, (1 + float(n)) / (10 + float(n)))
+    share = 1 - ((1 + n) / (10 + n)).clamp(max=AVERAGING)  # stays a tensor: float() would wait for the GPU
     for mean, value in zip(average, weights, strict=True):
-        mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
+        mean.lerp_(value, share) if mean.is_floating_point() else mean.copy_(value)
 
 
 def train_epoch(run, epoch):

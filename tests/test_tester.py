@@ -150,12 +150,20 @@ class Bomb:
     (lambda p: damaged(p, "deviation"), "deviation of the normalization"), (lambda p: damaged(p, "rate"), "sample_rate is none"), (lambda p: damaged(p, "hop"), "contradicts itself"),
     (lambda p: damaged(p, "heads"), "contradicts itself"), (lambda p: damaged(p, "edges"), "contradicts itself"), (lambda p: damaged(p, "tensor"), "format version"),
 ])  # fmt: skip
-def test_strangers_checkpoints(corpus, trained, tmp_path, make, word):
+def test_strangers_checkpoints(trained, tmp_path, monkeypatch, make, word):
     path = tmp_path / "model.pth"
     shutil.copy(trained / "best_model.pth", path)
     make(path)
-    text = classify(corpus, path, tmp_path / "out", code=1)
-    assert word in text and "model.pth" in text and not (ROOT / "exploded").exists()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:  # in this process, because PyTorch's import takes seconds
+        tester.load_checkpoint(path, torch.device("cpu"))
+    assert word in end.value.code and "model.pth" in end.value.code and not (tmp_path / "exploded").exists()
+
+
+def test_a_strangers_checkpoint_on_the_command_line(corpus, trained, tmp_path):
+    (tmp_path / "model.pth").write_bytes(pickle.dumps(Bomb()))
+    text = classify(corpus, tmp_path / "model.pth", tmp_path / "out", code=1)
+    assert "is damaged, or no checkpoint" in text and not (ROOT / "exploded").exists() and not (tmp_path / "out").exists()
 
 
 def test_wrong_arguments_and_folders(corpus, trained, tmp_path):
