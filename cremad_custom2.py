@@ -20,6 +20,7 @@ Exit status: 0 finished, 1 had to stop, 2 wrong arguments, 130 Ctrl-C.
 
 import argparse
 import contextlib
+import datetime
 import errno
 import functools
 import hashlib
@@ -167,16 +168,23 @@ def check_constants():
                 sys.exit(f"{name} = {value!r} at the top of cremad_custom2.py: take {words}.")
 
 
+def compute_on(device):
+    """Raises RuntimeError where a device cannot compute, as a GPU too old for this PyTorch: to give memory is not enough."""
+    nn.LSTM(1, 1).to(device)(torch.zeros(1, 1, 1, device=device))[0].cpu()
+
+
 def pick_device():
     """The device of DEVICE, and the number type of mixed precision (None: float32), by capability."""
     name = DEVICE if DEVICE != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and PROCESSES > 1:
+    if name.startswith("cuda") and PROCESSES > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        compute_on(device)
     except (RuntimeError, AssertionError) as error:
-        sys.exit(f'DEVICE = {DEVICE!r} cannot be used here ({str(error).splitlines()[0]}): take "auto" or "cpu".')
+        sys.exit(f'DEVICE = {DEVICE!r} ({name}) cannot be used here ({str(error).splitlines()[0]}): take "cpu".')
     if AMP == "off":
         return device, None
     if device.type == "cuda":
@@ -200,10 +208,13 @@ def gains_by_bfloat16():
 def join_processes(device):
     """Under torchrun: brings its processes together, NCCL on GPUs, Gloo on CPUs; rank 0 alone speaks and writes."""
     if PROCESSES > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        nccl = device.type == "cuda" and torch.distributed.is_nccl_available()  # Windows has none
+        torch.distributed.init_process_group(
+            "nccl" if nccl else "gloo",
+            timeout=datetime.timedelta(days=1),  # the others wait while rank 0 validates and reports
+            device_id=device if nccl else None,
+        )
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
 def agreed(value):
@@ -212,6 +223,19 @@ def agreed(value):
     if PROCESSES > 1:
         torch.distributed.broadcast_object_list(box)
     return box[0]
+
+
+def check_alike(run):
+    """Under torchrun: ends every process if one has other constants, spectrograms or epochs behind it than rank 0."""
+    own = {k: v for k, v in run.settings.items() if k not in ("MEL_DIR", "OUTPUT_DIR")} | {"epoch": len(run.history)}
+    unlike = torch.tensor(float(agreed(own) != own), device=run.device)
+    if PROCESSES > 1:
+        torch.distributed.all_reduce(unlike)
+    if unlike:
+        sys.exit(
+            "The processes differ in their constants, spectrograms or last_checkpoint.pth: give every machine the "
+            "same script and spectrograms, and an OUTPUT_DIR that all of them share."
+        )
 
 
 def read_mel_config(mel_dir):
@@ -269,7 +293,7 @@ def split_evenly(groups, emotions, seed):
 def split_from_csv(stems):
     """The sides that the CSV named by SPLIT gives to the stems; clips it does not name get None."""
     try:
-        table = pd.read_csv(SPLIT, dtype=str)
+        table = pd.read_csv(SPLIT, dtype=str, encoding_errors="surrogateescape")
         sides = dict(zip(table["stem"], table["split"], strict=True))
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f'SPLIT = {SPLIT!r} is neither "actor" nor "clip", nor a CSV with the columns stem,split ({error}).')
@@ -572,7 +596,7 @@ def hide_parts(x, lengths):
 @torch.no_grad()
 def average_weights(average, weights, n):
     """One step of the moving average of the weights; its first steps forget faster, to lose the random start."""
-    share = 1 - ((1 + n) / (10 + n)).clamp(max=AVERAGING)  # stays a tensor: float() would wait for the GPU
+    share = 1 - ((1 + n) / (10 + n)).clamp(max=AVERAGING)
     for mean, value in zip(average, weights, strict=True):
         mean.lerp_(value, share) if mean.is_floating_point() else mean.copy_(value)
 
@@ -581,7 +605,7 @@ def train_epoch(run, epoch):
     """One pass over the training draw; returns mean loss and accuracy. Ends the program if the loss is no number."""
     seed = SEED * 100_003 + epoch  # an epoch depends on its number alone: resuming repeats it
     batches, rates = draw_epoch(run.data, run.sides["train"], torch.Generator().manual_seed(seed))
-    torch.manual_seed(seed + (RANK << 32))
+    torch.manual_seed(seed + 15_485_863 * RANK)  # a prime; of the seed, a CPU's generator takes the lowest 32 bits
     total = torch.zeros(2, device=run.device)  # loss, right answers
     mean, std = (torch.tensor(run.normalization[name]) for name in ("mean", "std"))
     run.model.train()
@@ -888,6 +912,9 @@ class Run:
         if PROCESSES > 1:
             self.parallel = nn.parallel.DistributedDataParallel(self.model)
         self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average_weights, use_buffers=True)
+        for module in self.average.modules():
+            if isinstance(module, nn.LSTM):
+                module.flatten_parameters()  # copied one by one: on a GPU cuDNN would gather them at every call
         self.highest_rate = LEARNING_RATE * math.sqrt(PROCESSES)  # Malladi et al., arXiv:2205.10287
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), self.highest_rate, weight_decay=WEIGHT_DECAY, fused=True
@@ -912,6 +939,7 @@ class Run:
         """Writes everything that the next epoch depends on."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {name: getattr(self, name) for name in ("history", "best_epoch", "best_accuracy", "settings")}
+        state["amp"] = str(self.amp)
         with whole_file(self.output_dir / "last_checkpoint.pth") as temporary:
             save_tensors(state, temporary)
         with whole_file(self.output_dir / "history.csv") as temporary:
@@ -947,7 +975,7 @@ class Run:
         if not best.exists():
             sys.exit(f"RESUME = True, but {best} is gone: put it back, or set RESUME = False to start anew.")
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             was, now = state["settings"], self.settings
             changed = [k for k in now if k not in FREE_TO_CHANGE and was.get(k) != now[k]]
             if not changed:
@@ -965,6 +993,8 @@ class Run:
             words = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in changed)
             sys.exit(f"RESUME = True, but {path} has other settings ({words}): set them back, or change OUTPUT_DIR.")
         print(f"Going on from {path}, after epoch {len(self.history)}.")
+        if state["amp"] != str(self.amp):
+            print(f"Note: so far in {state['amp']}, now in {self.amp} (None: float32).")
 
 
 def keep_previous(output_dir):
@@ -985,14 +1015,14 @@ def keep_previous(output_dir):
 def read_best(path, device):
     """The model of best_model.pth in evaluation mode, and the file's dict; nothing in the file is executed."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        model = EmotionClassifier(**checkpoint["model_config"]).to(device)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = EmotionClassifier(**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
     except Exception as error:  # bytes from anywhere make the unpickler raise anything
         sys.exit(
             f"{path} was damaged since it was written ({type(error).__name__}): train again in another OUTPUT_DIR."
         )
-    return model.eval(), checkpoint
+    return model.to(device).eval(), checkpoint
 
 
 def finish(run, seconds):
@@ -1116,8 +1146,9 @@ def parse_args():
 def configuration(clips, mel_config, normalization):
     """The constants, mel settings, fingerprints of split and data: what a resumed run must share with the first."""
     names = [name for name in globals() if name.isupper() and name not in NO_SETTINGS]
-    split = clips[["stem", "variant", "split"]].to_csv(index=False).encode("utf-8", "surrogateescape")
-    data = json.dumps(normalization).encode()
+    split = clips[["stem", "variant", "split"]].to_csv(index=False, lineterminator="\n")
+    split = split.encode("utf-8", "surrogateescape")
+    data = json.dumps({k: [round(x, 6) for x in v] for k, v in normalization.items()}).encode()  # another CPU's last bits
     prints = {"SPLIT_SHA256": hashlib.sha256(split).hexdigest(), "DATA_SHA256": hashlib.sha256(data).hexdigest()}
     return {name: globals()[name] for name in names} | {"MEL_CONFIG": mel_config} | prints
 
@@ -1125,7 +1156,8 @@ def configuration(clips, mel_config, normalization):
 def main():
     """Reads, splits, trains, reports."""
     parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
+    with contextlib.suppress(AttributeError):  # IDLE and notebooks have outputs of their own
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     check_constants()
     started, (device, amp), output_dir = time.perf_counter(), pick_device(), Path(OUTPUT_DIR)
     join_processes(device)
@@ -1144,12 +1176,14 @@ def main():
         keep_previous(output_dir)
     if RANK == 0:
         write_split(clips, output_dir / "split.csv")
+    check_alike(run)
     train(run)
     if RANK == 0:
         finish(run, time.perf_counter() - started)
     if PROCESSES > 1:
-        torch.distributed.barrier()  # a process that leaves while rank 0 still writes can abort on its way out
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()  # a process that leaves while rank 0 still writes would end them all
+        sys.stdout.flush()
+        os._exit(0)  # with nothing taken down: there Gloo's threads abort now and then
     return 0
 
 

@@ -194,10 +194,25 @@ def log_mel(samples, sample_rate, n_fft, hop_length, n_mels, fmin, fmax):
     return 10.0 * np.log10(np.maximum(mel, 1e-10))
 
 
-def read_checkpoint(path, device):
+def compute_on(device):
+    """Raises RuntimeError where a device cannot compute, as a GPU too old for this PyTorch: to give memory is not enough."""
+    nn.LSTM(1, 1).to(device)(torch.zeros(1, 1, 1, device=device))[0].cpu()
+
+
+def gpu_or_cpu(cpu):
+    """The GPU where there is one, unless told to keep off it."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    try:
+        compute_on(device)
+    except RuntimeError as error:
+        sys.exit(f"The GPU cannot be used ({str(error).splitlines()[0]}): give --cpu.")
+    return device
+
+
+def read_checkpoint(path):
     """The dict of best_model.pth; nothing in the file is executed. Ends the program if it is no such file."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         sys.exit(f"{path}: {error.strerror}. Name the best_model.pth that cremad_custom2.py wrote.")
     except Exception as error:  # bytes from anywhere make the unpickler raise anything
@@ -222,7 +237,7 @@ def read_checkpoint(path, device):
 
 def load_checkpoint(path, device):
     """The model of best_model.pth in evaluation mode, and the file's dict; ends the program if it is unusable."""
-    checkpoint = read_checkpoint(path, device)
+    checkpoint = read_checkpoint(path)
     try:
         model = EmotionClassifier(**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -937,6 +952,7 @@ def classify_all(args, paths, model, checkpoint, device, artists):
 
 def follow_parent():
     """In a worker process: ends it when the main process is killed, which a pool never notices by itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not inherited
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -1027,10 +1043,11 @@ def check_window(args, mel_config):
 def main():
     """Loads the model, classifies, draws, sums up; returns the exit status."""
     args, started = parse_args(), time.perf_counter()
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
+    with contextlib.suppress(AttributeError):  # IDLE and notebooks have outputs of their own
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
     with drawing_processes(args.workers) if args.visualize else contextlib.nullcontext() as artists:
-        device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+        device = gpu_or_cpu(args.cpu)
         model, checkpoint = load_checkpoint(args.model_path, device)
         args.max_width = args.max_width or checkpoint["max_width"]
         check_window(args, checkpoint["mel_config"])

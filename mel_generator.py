@@ -330,6 +330,7 @@ def process_clip(task):
 
 def follow_parent():
     """In a worker process: ends it when the main process is killed, which a pool never notices by itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not inherited
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -555,7 +556,8 @@ def find_input(args):
 def main():
     """Lists the clips, makes what is missing, says what came of it; returns the exit status."""
     args, started = parse_args(), time.time()
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
+    with contextlib.suppress(AttributeError):  # IDLE and notebooks have outputs of their own
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     mel, config = settings_of(args)
     clips, skipped = find_input(args)
     for code in EMOTIONS:

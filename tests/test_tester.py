@@ -166,6 +166,18 @@ def test_a_strangers_checkpoint_on_the_command_line(corpus, trained, tmp_path):
     assert "is damaged, or no checkpoint" in text and not (ROOT / "exploded").exists() and not (tmp_path / "out").exists()
 
 
+def test_a_gpu_that_cannot_compute_is_a_sentence(monkeypatch):
+    def too_old(device):
+        if device.type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tester, "compute_on", too_old)
+    with pytest.raises(SystemExit, match=r"no kernel image is available\): give --cpu"):
+        tester.gpu_or_cpu(cpu=False)
+    assert tester.gpu_or_cpu(cpu=True).type == "cpu"
+
+
 def test_wrong_arguments_and_folders(corpus, trained, tmp_path):
     model = trained / "best_model.pth"
     assert "--batch_size" in classify(corpus, model, tmp_path / "out", "--batch_size", 0, code=2)

@@ -1,12 +1,14 @@
 """cremad_custom2.py: split, sampling, padding, mixed precision, schedule, outputs, bad input."""
 
 import csv
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -439,6 +441,19 @@ def test_wrong_constants_are_a_sentence(mels, tmp_path, refused, name, value, wo
     assert not list(tmp_path.glob("output/*.pth"))
 
 
+def test_a_device_that_cannot_compute_is_a_sentence(mels, refused, monkeypatch):
+    def too_old(device):
+        raise RuntimeError("CUDA error: no kernel image is available")
+
+    monkeypatch.setattr(trainer, "compute_on", too_old)
+    assert 'no kernel image is available): take "cpu"' in refused(MEL_DIR=str(mels))
+
+
+def test_an_editor_without_a_terminal(refused, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as IDLE's and a notebook's, it cannot be reconfigured
+    assert "is no folder" in refused(MEL_DIR="nowhere")
+
+
 def test_wrong_spectrogram_folders_are_a_sentence(corpus, mels, tmp_path, refused):
     (tmp_path / "empty").mkdir()
     assert "mel_config.json" in train(tmp_path / "run", tmp_path / "empty", code=1)
@@ -501,6 +516,24 @@ def test_processes_share_one_draw(constants):
     shares = [batches[:, rank::2] for rank in (0, 1)]
     assert torch.equal(torch.cat(shares, 1).sort(1).values, batches.sort(1).values)
     assert (data.length[shares[0]].float().mean(1) - data.length[shares[1]].float().mean(1)).abs().max() < 8
+
+
+def test_processes_vary_their_clips_each_in_its_own_way(constants, monkeypatch):
+    """A CPU's generator takes the lowest 32 bits of a seed."""
+    seeds, run = set(), types.SimpleNamespace(data=None, sides={"train": None}, device="cpu", normalization={"mean": [0.0], "std": [1.0]}, model=nn.Linear(1, 1))
+    monkeypatch.setattr(trainer, "draw_epoch", lambda *_: (torch.zeros(1, 3), torch.zeros(1, 3)))
+    monkeypatch.setattr(trainer, "tqdm", lambda *_, **__: seeds.add(torch.initial_seed() % 2**32) or 1 / 0)
+    for rank, epoch in ((0, 1), (1, 1), (2, 1), (0, 2), (1, 2)):
+        constants(RANK=rank)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train_epoch(run, epoch)
+    assert len(seeds) == 5
+
+
+def test_processes_that_differ_end_together(mels, tmp_path):
+    script = edited_trainer(tmp_path, **TOY | {"MEL_DIR": str(mels), "OUTPUT_DIR": str(tmp_path / "output"), "BATCH_SIZE": 8})
+    script.write_text(script.read_text().replace("\nDROPOUT = 0.3", '\nDROPOUT = 0.3 - 0.1 * int(os.environ["RANK"])'))
+    assert torchrun(script, code=1).count("The processes differ in their constants") == 2
 
 
 # ---- reports
