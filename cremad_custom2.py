@@ -99,7 +99,7 @@ GRADIENT_CLIP = 1.0  # norm
 DECAY_AFTER = 9  # epochs; after each later one the learning rate is multiplied
 LR_DECAY = 0.65  # by this; 1 = off
 LR_FACTOR = 0.5  # of ReduceLROnPlateau
-LR_PATIENCE = 3  # epochs without a better validation accuracy before the rate falls
+LR_PATIENCE = 3  # epochs without a better validation accuracy that the rate survives
 PATIENCE = 8  # epochs without a better validation accuracy before training stops
 # system
 SEED = 42
@@ -107,6 +107,7 @@ RESUME = False  # True: go on from last_checkpoint.pth
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 AMP = "auto"  # mixed precision where the processor gains by it; "off": float32
 
+SETTINGS = [name for name in list(globals()) if name.isupper() and name != "F"]  # all of the above
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these: which of its processes this is,
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # of how many
 EMOTIONS = {"ANG": "Angry", "DIS": "Disgust", "FEA": "Fear", "HAP": "Happy", "NEU": "Neutral", "SAD": "Sad"}
@@ -115,8 +116,6 @@ VARIANT_NAMES = ("original", "time_shift_pos", "time_shift_neg", "pitch_up", "pi
 MEL_SETTINGS = ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")
 SILENCE = -100.0  # dB, the least that mel_generator.py writes
 FORMAT_VERSION = 1
-NO_SETTINGS = {"F", "EMOTIONS", "SILENCE", "NO_SETTINGS", "UNSAID", "FREE_TO_CHANGE", "RANK"}
-UNSAID = {"VARIANT_NAMES", "MEL_SETTINGS", "FORMAT_VERSION", "PROCESSES", "SPLIT_SHA256", "DATA_SHA256"}
 FREE_TO_CHANGE = {"MEL_DIR", "OUTPUT_DIR", "EPOCHS", "PATIENCE", "RESUME", "DEVICE"}  # between a run and its resumption
 
 
@@ -124,47 +123,40 @@ FREE_TO_CHANGE = {"MEL_DIR", "OUTPUT_DIR", "EPOCHS", "PATIENCE", "RESUME", "DEVI
 # Reading
 
 
-def whole(value, least):
-    """Whether a constant is a whole number, at least so much."""
-    return type(value) is int and value >= least
-
-
-def real(value, least, most):
-    """Whether a constant is a number within limits."""
-    return type(value) in (int, float) and least <= value <= most
+def wholes(values, n):
+    """Whether values are n whole numbers, each at least 1."""
+    return len(values) == n and all(type(value) is int and value >= 1 for value in values)
 
 
 def check_constants():
     """Ends the program with a sentence for each constant of the wrong type or range."""
-    rules = [
-        ("MEL_DIR OUTPUT_DIR SPLIT DEVICE", lambda v: isinstance(v, str) and v, "a text in quotes"),
-        ("WEIGHTED_SAMPLING RESUME", lambda v: isinstance(v, bool), "True or False"),
-        ("MAX_WIDTH EPOCHS PATIENCE HIDDEN HEADS", lambda v: whole(v, 1), "a whole number, at least 1"),
-        (
-            "WARMUP_EPOCHS TIME_MASK MEL_MASK MEL_SHIFT DECAY_AFTER LR_PATIENCE SEED",
-            lambda v: whole(v, 0),
-            "a whole number, at least 0",
-        ),
-        ("BATCH_SIZE", lambda v: whole(v, 2), "a whole number, at least 2: batch norm cannot train on one clip"),
-        ("DROPOUT LABEL_SMOOTHING TIME_WARP NARROW_BAND", lambda v: real(v, 0, 0.99), "a number from 0 to 0.99"),
-        ("AVERAGING", lambda v: real(v, 0, 0.99999), "a number from 0 to 0.99999"),
-        ("WEIGHT_DECAY TONE GAIN", lambda v: real(v, 0, 10), "a number from 0 to 10"),
-        ("LR_DECAY", lambda v: real(v, 1e-12, 1), "a number over 0, at most 1"),
-        ("LEARNING_RATE GRADIENT_CLIP", lambda v: real(v, 1e-12, math.inf), "a number over 0"),
-        ("LR_FACTOR", lambda v: real(v, 1e-12, 0.99), "a number between 0 and 1"),
-        ("AMP", lambda v: v in ("auto", "off"), '"auto" or "off"'),
-        ("CHANNELS", lambda v: len(v) == 4 and all(whole(c, 1) for c in v), "four whole numbers"),
-        ("STRIDES", lambda v: len(v) == 4 and all(whole(t, 1) and whole(m, 1) for t, m in v), "four pairs"),
-        ("HEADS", lambda v: 2 * HIDDEN % v == 0, "a divisor of 2 * HIDDEN"),
+    number, several = (int, float), (tuple, list)
+    rules = [  # names, types, whether a value of such a type is good, in words
+        ("MEL_DIR OUTPUT_DIR SPLIT DEVICE", (str,), bool, "a text in quotes"),
+        ("AMP", (str,), lambda v: v in ("auto", "off"), '"auto" or "off"'),
+        ("WEIGHTED_SAMPLING RESUME", (bool,), lambda v: True, "True or False"),
+        ("MAX_WIDTH EPOCHS PATIENCE HIDDEN", (int,), lambda v: v >= 1, "a whole number, at least 1"),
+        ("HEADS", (int,), lambda v: v >= 1 and 2 * HIDDEN % v == 0, "a divisor of 2 * HIDDEN"),
+        ("WARMUP_EPOCHS DECAY_AFTER LR_PATIENCE SEED", (int,), lambda v: v >= 0, "a whole number, at least 0"),
+        ("TIME_MASK MEL_MASK MEL_SHIFT", (int,), lambda v: v >= 0, "a whole number, at least 0"),
+        ("BATCH_SIZE", (int,), lambda v: v >= 2, "a whole number, at least 2: batch norm cannot train on one clip"),
+        ("DROPOUT LABEL_SMOOTHING TIME_WARP NARROW_BAND", number, lambda v: 0 <= v <= 0.99, "a number from 0 to 0.99"),
+        ("AVERAGING", number, lambda v: 0 <= v <= 0.99999, "a number from 0 to 0.99999"),
+        ("WEIGHT_DECAY TONE GAIN", number, lambda v: 0 <= v <= 10, "a number from 0 to 10"),
+        ("LEARNING_RATE GRADIENT_CLIP", number, lambda v: v > 0, "a number over 0"),
+        ("LR_DECAY", number, lambda v: 0 < v <= 1, "a number over 0, at most 1"),
+        ("LR_FACTOR", number, lambda v: 0 < v < 1, "a number between 0 and 1"),
+        ("CHANNELS", several, lambda v: wholes(v, 4), "four whole numbers"),
+        ("STRIDES", several, lambda v: len(v) == 4 and all(wholes(pair, 2) for pair in v), "four pairs"),
     ]
-    for names, legal, words in rules:
+    for names, types, good, words in rules:
         for name in names.split():
             value = globals()[name]
             try:
-                good = legal(value)
-            except (TypeError, ValueError):  # not even a tuple
-                good = False
-            if not good:
+                legal = type(value) in types and good(value)
+            except TypeError:  # STRIDES of something other than pairs
+                legal = False
+            if not legal:
                 sys.exit(f"{name} = {value!r} at the top of cremad_custom2.py: take {words}.")
 
 
@@ -375,16 +367,14 @@ class Spectrograms:
 
     def __init__(self, clips, n_mels):
         most = sum(os.path.getsize(path) for path in clips.path) // (4 * n_mels)
-        frames, start, length = room_for(most, n_mels), [], []
-        at = 0
+        frames, length, at = room_for(most, n_mels), [], 0
         for path in tqdm(clips.path, desc="Reading", unit="file", leave=False, disable=RANK > 0):
             mel = read_spectrogram(path, n_mels)[:MAX_WIDTH]
             frames[at : at + len(mel)] = mel
-            start.append(at)
             length.append(len(mel))
             at += len(mel)
-        self.frames = torch.from_numpy(frames[:at])
-        self.start, self.length = torch.tensor(start), torch.tensor(length)
+        self.frames, self.length = torch.from_numpy(frames[:at]), torch.tensor(length)
+        self.start = self.length.cumsum(0) - self.length
         self.label = torch.tensor([list(EMOTIONS).index(code) for code in clips.emotion])
 
     def normalize(self, train):
@@ -602,7 +592,7 @@ def average_weights(average, weights, n):
 
 
 def train_epoch(run, epoch):
-    """One pass over the training draw; returns mean loss and accuracy. Ends the program if the loss is no number."""
+    """One pass over the training draw; returns mean loss and accuracy."""
     seed = SEED * 100_003 + epoch  # an epoch depends on its number alone: resuming repeats it
     batches, rates = draw_epoch(run.data, run.sides["train"], torch.Generator().manual_seed(seed))
     torch.manual_seed(seed + 15_485_863 * RANK)  # a prime; of the seed, a CPU's generator takes the lowest 32 bits
@@ -630,17 +620,7 @@ def train_epoch(run, epoch):
     if PROCESSES > 1:
         torch.distributed.all_reduce(total)
     loss, accuracy = float(total[0]) / len(batches) / PROCESSES, float(total[1]) / batches.numel()
-    return check_loss(loss, epoch), accuracy
-
-
-def check_loss(loss, epoch):
-    """The loss; ends the program if it is no number."""
-    if not math.isfinite(loss):
-        sys.exit(
-            f"The training loss is {loss} in epoch {epoch}: lower LEARNING_RATE ({LEARNING_RATE:g}), or set "
-            f'AMP = "off". What is in {OUTPUT_DIR} is from the epochs before.'
-        )
-    return loss
+    return loss, accuracy
 
 
 def validate(run, epoch, loss, accuracy, seconds):
@@ -662,11 +642,16 @@ def validate(run, epoch, loss, accuracy, seconds):
 
 
 def train(run):
-    """Epochs until EPOCHS or PATIENCE ends them; after each, everything needed to go on is on disk."""
+    """Epochs until EPOCHS or PATIENCE ends them, or a loss that is no number; after each, all to go on is on disk."""
     while len(run.history) < EPOCHS and len(run.history) - run.best_epoch < PATIENCE:
         epoch, started = len(run.history) + 1, time.perf_counter()
         loss, accuracy = train_epoch(run, epoch)
-        row, logits, label = None, None, None
+        if not math.isfinite(loss):
+            sys.exit(
+                f"The training loss is {loss} in epoch {epoch}: lower LEARNING_RATE ({LEARNING_RATE:g}), or set "
+                f'AMP = "off". What is in {OUTPUT_DIR} is from the epochs before.'
+            )
+        row = None
         if RANK == 0:
             row, logits, label = validate(run, epoch, loss, accuracy, time.perf_counter() - started)
         row = agreed(row)
@@ -700,12 +685,18 @@ def uar(true, predicted):
     return float(np.mean([float((predicted[true == c] == c).float().mean()) for c in true.unique()]))
 
 
-def calibration_error(probabilities, label, bins=15):
-    """Expected calibration error of the top label, equal bins (Guo et al., arXiv:1706.04599)."""
-    confidence, predicted = probabilities.max(1)
-    which = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = F.one_hot(which, bins).double().T @ ((predicted == label).double() - confidence)
-    return float(gaps.abs().sum() / len(label))
+def reliability(probabilities, label, bins):
+    """Mean confidence and accuracy of the clips in each of so many equal bins of confidence, and their share of all."""
+    confidence, predicted = (values.numpy() for values in probabilities.max(1))
+    table = pd.DataFrame({"confidence": confidence, "accuracy": predicted == label.numpy()}, dtype=float)
+    bin_of = table.groupby((table.confidence * bins).astype(int).clip(upper=bins - 1).to_numpy())
+    return bin_of.mean().assign(share=bin_of.size() / len(label))
+
+
+def calibration_error(probabilities, label):
+    """Expected calibration error of the top label, 15 equal bins (Guo et al., arXiv:1706.04599)."""
+    table = reliability(probabilities, label, 15)
+    return float((table.share * (table.accuracy - table.confidence).abs()).sum())
 
 
 def fit_temperature(logits, label):
@@ -775,15 +766,15 @@ def whole_file(path):
 def write_text(path, text):
     """Writes a text, whole or not at all."""
     with whole_file(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape")
+        Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def plot_confusion(path, true, predicted, names, title):
     """Confusion matrix as a picture: counts, and the row's percentages, which give the colour."""
-    import seaborn  # here, because it takes a second to import
+    import seaborn  # here, because these two take a second to import
+    from sklearn.metrics import confusion_matrix
 
-    counts = np.zeros((len(names), len(names)), int)
-    np.add.at(counts, (np.asarray(true), np.asarray(predicted)), 1)
+    counts = confusion_matrix(true, predicted, labels=names)
     percent = 100.0 * counts / counts.sum(1, keepdims=True).clip(min=1)
     text = [[f"{n}\n{p:.0f} %" for n, p in zip(*row, strict=True)] for row in zip(counts, percent, strict=True)]
     figure, axes = plt.subplots(figsize=(5.5, 4.8), layout="constrained")
@@ -825,45 +816,34 @@ def plot_history(path, history, best_epoch):
     plt.close(figure)
 
 
-def reliability(probabilities, label, bins=10):
-    """Mean confidence and accuracy (%) of the clips in each bin of confidence that has any."""
-    confidence, predicted = probabilities.max(1)
-    right, which = (predicted == label).float(), (confidence * bins).long().clamp(max=bins - 1)
-    return zip(
-        *[(100 * confidence[which == b].mean(), 100 * right[which == b].mean()) for b in which.unique()], strict=True
-    )
-
-
 def plot_intensity(axes, stems, right):
     """Accuracy (%) by intensity, where file names tell it in their fourth field."""
-    level = [(stem.upper().split("_") + [""] * 4)[3] for stem in stems]
-    names = {"LO": "low", "MD": "medium", "HI": "high", "XX": "not told"}
-    table = right.groupby(level).agg(["mean", "size"]).reindex([code for code in names if code in level])
-    bars = [f"{names[code]}\n({n})" for code, n in table["size"].items()]
+    names = {"LO": "low", "MD": "medium", "HI": "high"}
+    level = [names.get((stem.upper().split("_") + [""] * 4)[3], "not told") for stem in stems]
+    table = right.groupby(level).agg(["mean", "size"]).reindex([*names.values(), "not told"]).dropna()
+    bars = [f"{name}\n({n:.0f})" for name, n in table["size"].items()]
     axes.bar(bars, table["mean"], color="#0072B2", width=min(0.8, len(bars) / 4))
-    if not bars:
-        axes.text(0.5, 50, "file names tell none", ha="center", transform=axes.get_yaxis_transform())
-        axes.set_xticks([])
     axes.set(xlabel="Intensity (clips)", ylabel="Accuracy (%)", ylim=(0, 100))
 
 
-def plot_report(path, stems, actors, logits, label, temperature):
+def plot_report(path, table, logits, label, temperature):
     """Accuracy by actor, sorted, and by intensity where names tell it; confidence against accuracy."""
-    right = pd.Series((logits.argmax(1) == label).numpy() * 100.0)
+    right = 100.0 * (table.true_class == table.predicted_class)
     figure, places = plt.subplot_mosaic(
         [["actor", "actor"], ["intensity", "sure"]], figsize=(7, 5.6), layout="constrained"
     )
-    by_actor = right.groupby(actors).mean().sort_values()
+    by_actor = right.groupby(table.actor).mean().sort_values()
     names = [os.fsencode(actor).decode("utf-8", "replace") for actor in by_actor.index]
     places["actor"].bar(names, by_actor, color="#0072B2", width=min(0.8, len(names) / 8))
     places["actor"].axhline(right.mean(), color="#D55E00", linestyle="--")
     places["actor"].set(xlabel="Test actor", ylabel="Accuracy (%)", ylim=(0, 100))
     places["actor"].tick_params(axis="x", rotation=90 if len(names) > 12 else 0)
     places["actor"].set_title(f"Dashed: all test clips, {right.mean():.1f} %", fontsize=9)
-    plot_intensity(places["intensity"], stems, right)
+    plot_intensity(places["intensity"], table.stem, right)
     for divisor, words, colour, style in ((1.0, "before", "#E69F00", ":"), (temperature, "after", "#0072B2", "-")):
-        confidence, accuracy = reliability((logits / divisor).softmax(1), label)
-        places["sure"].plot(confidence, accuracy, style, color=colour, marker="o", label=f"{words} temperature")
+        bins = 100 * reliability((logits / divisor).softmax(1), label, 10)
+        looks = {"color": colour, "marker": "o", "label": f"{words} temperature"}
+        places["sure"].plot(bins.confidence, bins.accuracy, style, **looks)
     places["sure"].plot([0, 100], [0, 100], color="#555555", linestyle="--", linewidth=1)
     places["sure"].set(xlabel="Confidence (%)", ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     places["sure"].legend(fontsize=8, loc="lower right")
@@ -872,15 +852,11 @@ def plot_report(path, stems, actors, logits, label, temperature):
     plt.close(figure)
 
 
-def worst_mistakes(probabilities, label, stems, n=10):
+def worst_mistakes(table, n=10):
     """The wrong answers given with most confidence: stem, true and predicted class, confidence."""
-    names, (confidence, predicted) = list(EMOTIONS.values()), probabilities.max(1)
-    order = [i for i in confidence.argsort(descending=True).tolist() if predicted[i] != label[i]][:n]
-    keys = ("stem", "true_class", "predicted_class", "confidence")
-    return [
-        dict(zip(keys, (stems[i], names[label[i]], names[predicted[i]], float(confidence[i])), strict=True))
-        for i in order
-    ]
+    table = table.assign(confidence=table[list(EMOTIONS.values())].max(axis=1))
+    worst = table[table.true_class != table.predicted_class].nlargest(n, "confidence")
+    return worst[["stem", "true_class", "predicted_class", "confidence"]].to_dict("records")
 
 
 def save_tensors(state, path):
@@ -908,9 +884,7 @@ class Run:
         }  # fmt: skip
         torch.manual_seed(SEED)
         self.model = EmotionClassifier(**self.model_config).to(device, memory_format=torch.channels_last)
-        self.parallel = self.model
-        if PROCESSES > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(self.model)
+        self.parallel = nn.parallel.DistributedDataParallel(self.model) if PROCESSES > 1 else self.model
         self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average_weights, use_buffers=True)
         for module in self.average.modules():
             if isinstance(module, nn.LSTM):
@@ -924,10 +898,7 @@ class Run:
         )
         # On a GPU always: autocast copies the LSTM's weights to float16 (pytorch/pytorch#42385; not tried here).
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is not None and device.type == "cuda")
-        self.parts = {
-            "model": self.model, "average": self.average, "optimizer": self.optimizer,
-            "scheduler": self.scheduler, "scaler": self.scaler
-        }  # fmt: skip
+        self.parts = {name: getattr(self, name) for name in "model average optimizer scheduler scaler".split()}
         self.history, self.best_epoch, self.best_accuracy = [], 0, -1.0
 
     def logits(self, side, model):
@@ -977,21 +948,19 @@ class Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             was, now = state["settings"], self.settings
-            changed = [k for k in now if k not in FREE_TO_CHANGE and was.get(k) != now[k]]
-            if not changed:
-                for name, part in self.parts.items():
-                    if state[name]:  # a gradient scaler that is off has nothing to tell
-                        part.load_state_dict(state[name])
-                self.history, self.best_epoch = state["history"], state["best_epoch"]
-                self.best_accuracy = state["best_accuracy"]
+            if changed := [k for k in now if k not in FREE_TO_CHANGE and was.get(k) != now[k]]:
+                words = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in changed)
+                sys.exit(f"RESUME = True, but {path} has other settings ({words}): set them back, or change OUTPUT_DIR.")
+            for name, part in self.parts.items():
+                if state[name]:  # a gradient scaler that is off has nothing to tell
+                    part.load_state_dict(state[name])
+            for name in ("history", "best_epoch", "best_accuracy"):
+                setattr(self, name, state[name])
         except Exception as error:  # bytes from anywhere make the unpickler raise anything
             sys.exit(
                 f"RESUME = True, but {path} is no checkpoint of this script ({type(error).__name__}): "
                 "name another OUTPUT_DIR, or set RESUME = False."
             )
-        if changed:
-            words = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in changed)
-            sys.exit(f"RESUME = True, but {path} has other settings ({words}): set them back, or change OUTPUT_DIR.")
         print(f"Going on from {path}, after epoch {len(self.history)}.")
         if state["amp"] != str(self.amp):
             print(f"Note: so far in {state['amp']}, now in {self.amp} (None: float32).")
@@ -1033,9 +1002,9 @@ def finish(run, seconds):
         logits, label = run.logits(side, model)
         actors = run.clips.actor[run.sides[side].numpy()].to_numpy()
         metrics[side] = measure(logits, label, actors, temperature)
-    probabilities, stems = (logits / temperature).softmax(1), run.clips.stem[run.sides["test"].numpy()].to_numpy()
-    metrics["most_confident_mistakes"] = worst_mistakes(probabilities, label, stems)
-    plot_report(run.output_dir / "test_report.png", stems, actors, logits, label, temperature)
+    table = write_test(run, logits, label, temperature)
+    metrics["most_confident_mistakes"] = worst_mistakes(table)
+    plot_report(run.output_dir / "test_report.png", table, logits, label, temperature)
     metrics |= {
         "best_epoch": checkpoint["epoch"],
         "epochs": len(run.history),
@@ -1052,33 +1021,25 @@ def finish(run, seconds):
     packages = "matplotlib numpy pandas scikit-learn seaborn torch".split()
     record = run_record(seconds, packages, constants=run.settings, device=run.device, number_type=run.amp)
     write_text(run.output_dir / "run.json", record)
-    write_test(run, logits, label, temperature)
     plot_history(run.output_dir / "training_history.png", run.history, checkpoint["epoch"])
     print_summary(run.output_dir, metrics)
 
 
 def write_test(run, logits, label, temperature):
-    """Predictions, report and confusion matrix of the test clips."""
+    """Writes predictions, report and confusion matrix of the test clips; returns the predictions."""
     from sklearn.metrics import classification_report  # here, because it takes a second to import
 
-    names, predicted = list(EMOTIONS.values()), logits.argmax(1)
-    rows = run.clips.loc[run.sides["test"].numpy(), ["stem", "actor"]]
-    rows = rows.assign(true_class=[names[i] for i in label], predicted_class=[names[i] for i in predicted])
-    rows[names] = (logits / temperature).softmax(1).numpy()
-    with whole_file(run.output_dir / "test_predictions.csv") as temporary:
-        rows.to_csv(temporary, index=False, errors="surrogateescape")
-    classes = {"labels": range(len(names)), "target_names": names}
-    report = classification_report(label, predicted, **classes, zero_division=0, digits=3)
+    names = list(EMOTIONS.values())
+    true, predicted = ([names[i] for i in classes] for classes in (label, logits.argmax(1)))
+    table = run.clips.loc[run.sides["test"].numpy(), ["stem", "actor"]]
+    table = table.assign(true_class=true, predicted_class=predicted)
+    table[names] = (logits / temperature).softmax(1).numpy()
+    write_text(run.output_dir / "test_predictions.csv", table.to_csv(index=False, lineterminator="\n"))
+    report = classification_report(true, predicted, labels=names, zero_division=0, digits=3)
     write_text(run.output_dir / "classification_report.txt", report)
-    title = f"Test: {len(rows):,} clips, {rows.actor.nunique()} actors"
-    plot_confusion(run.output_dir / "confusion_matrix.png", label, predicted, names, title)
-
-
-def write_split(clips, path):
-    """split.csv: who trains, validates, tests."""
-    columns = ["stem", "actor", "emotion", "split"]
-    with whole_file(path) as temporary:
-        clips.drop_duplicates("stem")[columns].to_csv(temporary, index=False, errors="surrogateescape")
+    title = f"Test: {len(table):,} clips, {table.actor.nunique()} actors"
+    plot_confusion(run.output_dir / "confusion_matrix.png", true, predicted, names, title)
+    return table
 
 
 def run_record(seconds, packages, **details):
@@ -1090,7 +1051,7 @@ def run_record(seconds, packages, **details):
 
 def print_setup(run):
     """Constants, split and device, before the first epoch; and what makes the figures worth less."""
-    constants = {name: value for name, value in run.settings.items() if name not in UNSAID}
+    constants = {name: run.settings[name] for name in (*SETTINGS, "MEL_CONFIG")}
     print(textwrap.fill("  ".join(f"{name} = {value!r}" for name, value in constants.items()), 118))
     rows = []
     for side, index in run.sides.items():
@@ -1145,12 +1106,11 @@ def parse_args():
 
 def configuration(clips, mel_config, normalization):
     """The constants, mel settings, fingerprints of split and data: what a resumed run must share with the first."""
-    names = [name for name in globals() if name.isupper() and name not in NO_SETTINGS]
     split = clips[["stem", "variant", "split"]].to_csv(index=False, lineterminator="\n")
     split = split.encode("utf-8", "surrogateescape")
     data = json.dumps({k: [round(x, 6) for x in v] for k, v in normalization.items()}).encode()  # another CPU's last bits
     prints = {"SPLIT_SHA256": hashlib.sha256(split).hexdigest(), "DATA_SHA256": hashlib.sha256(data).hexdigest()}
-    return {name: globals()[name] for name in names} | {"MEL_CONFIG": mel_config} | prints
+    return {name: globals()[name] for name in (*SETTINGS, "PROCESSES")} | {"MEL_CONFIG": mel_config} | prints
 
 
 def main():
@@ -1175,7 +1135,8 @@ def main():
     elif RANK == 0:
         keep_previous(output_dir)
     if RANK == 0:
-        write_split(clips, output_dir / "split.csv")
+        who = clips.drop_duplicates("stem")[["stem", "actor", "emotion", "split"]]
+        write_text(output_dir / "split.csv", who.to_csv(index=False, lineterminator="\n"))
     check_alike(run)
     train(run)
     if RANK == 0:

@@ -36,7 +36,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -84,6 +84,7 @@ ROW_END = ("duration_s", "true_class", "error", "unheard_s", "uncertain")
 ERROR = ROW_END.index("error") - len(ROW_END)
 LINES = ("#D55E00", "#009E73", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7")  # Okabe and Ito's colours
 SEGMENT_START = ("file", "start_s", "end_s", "predicted_class", "confidence")
+Answer = namedtuple("Answer", "path start mel seconds error probabilities")  # for a window of a file
 RUN_OPTIONS = ("max_width", "segments", "window", "step", "min_confidence")  # rows depend on these, model and input
 
 
@@ -319,16 +320,12 @@ def read_clip(window, folder, mel_config, seconds):
 
 def read_ahead(windows, read, workers, size):
     """Yields (windows, what read made of them), `size` at a time; threads prepare the next while these are used."""
-    waiting = deque()
+    groups = (windows[at : at + size] for at in range(0, len(windows), size))
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for some in (windows[at : at + size] for at in range(0, len(windows), size)):
-                waiting.append((some, [pool.submit(read, window) for window in some]))
-                if len(waiting) > 1:
-                    some, clips = waiting.popleft()
-                    yield some, [clip.result() for clip in clips]
-            for some, clips in waiting:
-                yield some, [clip.result() for clip in clips]
+            begun = ((some, pool.map(read, some)) for some in groups)
+            for (some, clips), _ in itertools.pairwise(itertools.chain(begun, [None])):  # begins the next one, too
+                yield some, list(clips)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -523,15 +520,15 @@ def whole_file(path):
 def write_text(path, text):
     """Writes a text, whole or not at all."""
     with whole_file(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape")
+        Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def plot_confusion(path, true, predicted, names, title):
     """Confusion matrix as a picture: counts, and the row's percentages, which give the colour."""
-    import seaborn  # here, because it takes a second to import
+    import seaborn  # here, because these two take a second to import
+    from sklearn.metrics import confusion_matrix
 
-    counts = np.zeros((len(names), len(names)), int)
-    np.add.at(counts, (np.asarray(true), np.asarray(predicted)), 1)
+    counts = confusion_matrix(true, predicted, labels=names)
     percent = 100.0 * counts / counts.sum(1, keepdims=True).clip(min=1)
     text = [[f"{n}\n{p:.0f} %" for n, p in zip(*row, strict=True)] for row in zip(counts, percent, strict=True)]
     figure, axes = plt.subplots(figsize=(5.5, 4.8), layout="constrained")
@@ -606,7 +603,7 @@ class Results:
     def take_up(self):
         """Begins the partial files anew or, with --resume, goes on from the same run's; returns the files done."""
         note, now = table_path(self.args, "classification_results", self.args.shard, ".run"), run_note(self.args)
-        kept = {kind: [] for kind in self.columns}
+        earlier, undrawn = {kind: [] for kind in self.columns}, set()
         if self.args.resume:
             if note.exists() and not is_noted(note, now):
                 sys.exit(
@@ -615,36 +612,33 @@ class Results:
                 )
             earlier = {kind: read_rows(self.partial[kind], columns) for kind, columns in self.columns.items()}
             undrawn = {cell(path) for path, picture in self.pictures.items() if not picture.exists()}
-            left = self.order.keys() - undrawn
-            kept = {kind: [row for row in rows if row[0] in left] for kind, rows in earlier.items()}
-        rows = kept["classification_results"] = [row for row in kept["classification_results"] if not row[ERROR]]
-        done = {row[0] for row in rows}
-        for kind, rows in kept.items():
+        done = {row[0] for row in earlier["classification_results"] if not row[ERROR]} & self.order.keys() - undrawn
+        for kind, rows in earlier.items():
             with whole_file(self.partial[kind]) as temporary:
                 write_rows(temporary, "w", [self.columns[kind], *(row for row in rows if row[0] in done)])
         lock(self.partial["classification_results"])  # the new file too
         write_text(note, now)
         return done
 
-    def add(self, path, windows):
-        """Takes a file's windows, each (path, start, spectrogram, file's seconds, error, probabilities); how many."""
-        windows = list(windows)
-        good = [w for w in windows if not w[4]]
-        damage = [w[4] for w in windows if w[4] and not (good and w[4].startswith("silent"))]  # a pause is no damage
-        mean = np.mean([w[5] for w in good], axis=0) if good else None
-        length = good[0][3] if good else None
+    def add(self, path, answers):
+        """Takes the answers for a file's windows; returns how many."""
+        answers = list(answers)
+        good = [a for a in answers if not a.error]
+        damage = [a.error for a in answers if a.error and not (good and a.error.startswith("silent"))]  # no pause
+        mean = np.mean([a.probabilities for a in good], axis=0) if good else None
+        length = good[0].seconds if good else None
         self.new["classification_results"].append(self.row(path, mean, length, damage[0] if damage else ""))
         if self.args.segments:
-            self.new["segments"] += [self.segment(path, *w[1:]) for w in windows]
+            self.new["segments"] += map(self.segment, answers)
         if self.artists and good:
             config, names = self.checkpoint["mel_config"], tuple(c["name"] for c in self.checkpoint["classes"])
-            draw, what, shares = draw_clip, good[0][2], mean
-            if len(windows) > 1:
-                draw, what = draw_timeline, [(w[1], self.args.window, w[2]) for w in windows]
-                shares = np.array([w[5] for w in windows])
+            draw, what, shares = draw_clip, good[0].mel, mean
+            if len(answers) > 1:
+                draw, what = draw_timeline, [(a.start, self.args.window, a.mel) for a in answers]
+                shares = np.array([a.probabilities for a in answers])
             picture = str(self.pictures[path])
             self.drawing.append(self.artists.submit(draw, picture, path, what, shares, names, config))
-        return len(windows)
+        return len(answers)
 
     def row(self, path, probabilities, seconds, error):
         """A row of classification_results.csv."""
@@ -659,16 +653,14 @@ class Results:
         named = [cell(path), classes[top]["name"], classes[top]["code"], shares[top], *shares]
         return [*named, f"{seconds:.3f}", true_class, "", f"{max(0.0, seconds - heard):.3f}", uncertain]
 
-    def segment(self, path, start, _, seconds, error, probabilities):
+    def segment(self, answer):
         """A row of segments.csv; a window without sound has no class."""
-        classes = self.checkpoint["classes"]
-        end = start + self.args.window if seconds is None else min(start + self.args.window, seconds)
-        times = [cell(path), f"{start:.3f}", f"{end:.3f}"]
-        if error:
-            return [*times, "", "", *[""] * len(classes)]
-        top = int(probabilities.argmax())
-        shares = [f"{p:.6f}" for p in probabilities]
-        return [*times, classes[top]["name"], shares[top], *shares]
+        end = answer.start + self.args.window
+        times = [cell(answer.path), f"{answer.start:.3f}", f"{min(end, answer.seconds or end):.3f}"]
+        if answer.error:
+            return times + [""] * (2 + len(answer.probabilities))
+        top, shares = int(answer.probabilities.argmax()), [f"{p:.6f}" for p in answer.probabilities]
+        return [*times, self.checkpoint["classes"][top]["name"], shares[top], *shares]
 
     def write(self):
         """Brings the partial files up to date."""
@@ -843,13 +835,8 @@ def write_report(output_dir, labelled, names, training_actors):
     print(figures)
     report = classification_report(true, predicted, labels=names, zero_division=0, digits=3)
     write_text(output_dir / "classification_report.txt", f"{figures}\n\n{report}")
-    plot_confusion(
-        output_dir / "confusion_matrix.png",
-        [names.index(t) for t in true],
-        [names.index(p) for p in predicted],
-        names,
-        f"{len(labelled):,} files with a known emotion",
-    )
+    title = f"{len(labelled):,} files with a known emotion"
+    plot_confusion(output_dir / "confusion_matrix.png", true, predicted, names, title)
 
 
 # --------------------------------------------------------------------------------------
@@ -864,10 +851,16 @@ def parse_shard(text):
     return int(i), int(n)
 
 
+def usable_cores():
+    """Cores that this process may use, of a cluster's machine its share; at most 61, Windows' limit of processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 61)
+
+
 def parse_args():
     """The command line, checked; a wrong one ends the program with exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, cores = parser.add_argument, min(os.cpu_count() or 1, 61)
+    add, cores = parser.add_argument, usable_cores()
     add("--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through, or one file")
     add("--model_path", type=Path, required=True, help="best_model.pth of cremad_custom2.py")
     add("--output_dir", type=Path, required=True, help="folder for the results")
@@ -916,7 +909,7 @@ def picture_paths(paths, output_dir):
 
 
 def classify_windows(windows, args, model, checkpoint, device):
-    """Yields (path, start, spectrogram or None, file's seconds, error or "", probabilities) for each window."""
+    """Yields an Answer for each window: the spectrogram is None unless it is to be drawn."""
     config = checkpoint["mel_config"]
     seconds = (args.max_width * config["hop_length"] + config["n_fft"]) / config["sample_rate"]
     read = functools.partial(
@@ -931,7 +924,7 @@ def classify_windows(windows, args, model, checkpoint, device):
                 shown = mel[:, : args.max_width]
                 if length > args.window and args.segments:  # of an hour not every frame: a picture has no room for them
                     shown = shown[:, :: 1 + int(length / 60)]
-            yield path, start, shown, length, error, p
+            yield Answer(path, start, shown, length, error, p)
 
 
 def classify_all(args, paths, model, checkpoint, device, artists):
@@ -941,7 +934,7 @@ def classify_all(args, paths, model, checkpoint, device, artists):
     windows = cut_windows(left, args.folder, args.window if args.segments else None, args.step)
     with tqdm(total=len(windows), desc="Classifying", unit="window" if args.segments else "file") as bar:
         answers = classify_windows(windows, args, model, checkpoint, device)
-        for n, (path, some) in enumerate(itertools.groupby(answers, key=lambda answer: answer[0]), start=1):
+        for n, (path, some) in enumerate(itertools.groupby(answers, key=lambda answer: answer.path), start=1):
             bar.update(results.add(path, some))
             if n % (BATCHES_AT_ONCE * args.batch_size) == 0:
                 results.write()
@@ -992,8 +985,10 @@ def merge(args, checkpoint, paths):
             shards.append(shard_note)
         rows = [row for path in parts.values() for row in read_rows(path, columns)]
         rows.sort(key=lambda row: order.get(row[0], len(order)))
-        if other := sorted(order.keys() ^ {row[0] for row in rows}) if kind == "classification_results" else []:
-            sys.exit(f"--merge: {other[0]} came or went since the shards ran ({len(other)} files did): run them again.")
+        changed = order.keys() ^ {row[0] for row in rows}
+        if changed and kind == "classification_results":
+            words = f"{min(changed)} came or went since the shards ran ({len(changed)} files did): run them again."
+            sys.exit(f"--merge: {words}")
         with whole_file(table_path(args, kind, end=".partial")) as temporary:
             write_rows(temporary, "w", [columns, *rows])
         shards += parts.values()

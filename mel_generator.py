@@ -238,9 +238,8 @@ def choose_variants(seed, stem, n_augmentations):
 
 def shift(samples, fraction):
     """Moves a clip by a fraction of its length, later if positive; silence fills the gap."""
-    n = int(len(samples) * abs(fraction))
-    kept = samples[: len(samples) - n] if fraction > 0 else samples[n:]
-    return np.pad(kept, (n, 0) if fraction > 0 else (0, n))
+    n = int(len(samples) * fraction)
+    return np.pad(samples, abs(n))[abs(n) - n :][: len(samples)]
 
 
 def istft(spectrum, length):
@@ -301,16 +300,12 @@ def shift_pitch(samples, semitones):
 
 def augment(samples, variant, seed, stem):
     """One variant of a clip, float32 (samples,); the noise depends on seed and stem alone."""
-    kind, amount = VARIANTS.get(variant, ("original", 0))
-    if kind == "shift":
-        return shift(samples, amount)
-    if kind == "pitch":
-        return shift_pitch(samples, amount)
-    if kind == "stretch":
-        return stretch(samples, amount)
+    if variant == "original":
+        return samples
+    kind, amount = VARIANTS[variant]
     if kind == "noise":
         return samples + amount * random_generator(seed, stem, variant).standard_normal(len(samples), dtype=np.float32)
-    return samples
+    return {"shift": shift, "pitch": shift_pitch, "stretch": stretch}[kind](samples, amount)
 
 
 def process_clip(task):
@@ -474,10 +469,16 @@ def parse_shard(text):
     return int(i), int(n)
 
 
+def usable_cores():
+    """Cores that this process may use, of a cluster's machine its share; at most 61, Windows' limit of processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 61)
+
+
 def parse_args():
     """The command line, checked; a wrong one ends the program with exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, cores = parser.add_argument, min(os.cpu_count() or 1, 61)
+    add, cores = parser.add_argument, usable_cores()
     add("--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through")
     add("--output_dir", type=Path, required=True, help="folder for the spectrograms")
     add("--no_augment", action="store_true", help="originals alone")
@@ -574,7 +575,7 @@ def main():
     record = run_record(time.time() - started, "librosa numpy soundfile tabulate tqdm".split(), arguments=vars(args))
     write_whole(log.with_name(log.name.replace("skipped", "run")).with_suffix(".json"), record.encode())
     print_counts(args.output_dir, clips, skipped, log, time.time() - started)
-    if skipped and len(skipped) == len(clips) + len(skipped.keys() - clips.values()):
+    if skipped and skipped.keys() >= set(clips.values()):
         sys.exit(f"No file could be used: {log} says why.")
     return 1 if args.strict and skipped else 0
 

@@ -87,8 +87,8 @@ def plot_all(folders, path):
 
     names = list(EMOTIONS.values())
     tests = pd.concat(pd.read_csv(folder / "test_predictions.csv") for folder in folders)
-    columns = ([names.index(name) for name in tests[column]] for column in ("true_class", "predicted_class"))
-    plot_confusion(path, *columns, names, f"Unseen actors: {len(tests):,} clips, {tests.actor.nunique()} actors")
+    title = f"Unseen actors: {len(tests):,} clips, {tests.actor.nunique()} actors"
+    plot_confusion(path, tests.true_class, tests.predicted_class, names, title)
 
 
 def main():

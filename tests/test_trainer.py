@@ -229,7 +229,7 @@ def stubbed(constants, monkeypatch, tmp_path):
         run.optimizer = torch.optim.AdamW(run.model.parameters(), trainer.LEARNING_RATE)
         run.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer, "max", factor=trainer.LR_FACTOR, patience=trainer.LR_PATIENCE)
         run.parts, run.output_dir, run.sides = {"optimizer": run.optimizer}, tmp_path, {"train": range(100)}
-        run.history, run.best_epoch, run.best_accuracy = [], 0, -1.0
+        run.history, run.best_epoch, run.best_accuracy, run.amp = [], 0, -1.0, None
         run.settings, run.model_config, run.mel_config, run.normalization = {}, {}, {}, {}
         run.clips = pd.DataFrame({"actor": ["a"], "split": ["train"]})
 
@@ -542,11 +542,13 @@ def test_processes_that_differ_end_together(mels, tmp_path):
 def test_report_tells_confidence_and_the_worst_mistakes(trained):
     probabilities = torch.tensor([[0.9, 0.1, 0, 0, 0, 0], [0.8, 0.2, 0, 0, 0, 0], [0.05, 0.95, 0, 0, 0, 0], [0.7, 0.3, 0, 0, 0, 0]])
     label = torch.tensor([0, 1, 0, 2])
-    worst = trainer.worst_mistakes(probabilities, label, ["a", "b", "c", "d"], n=2)
+    names = list(trainer.EMOTIONS.values())
+    table = pd.DataFrame({"stem": list("abcd"), "true_class": [names[i] for i in label], "predicted_class": [names[i] for i in probabilities.argmax(1)]})
+    worst = trainer.worst_mistakes(table.join(pd.DataFrame(probabilities.numpy(), columns=names)), n=2)
     assert [(w["stem"], w["true_class"], w["predicted_class"]) for w in worst] == [("c", "Angry", "Disgust"), ("b", "Disgust", "Angry")]
     assert worst[0]["confidence"] == pytest.approx(0.95)
-    confidence, accuracy = trainer.reliability(probabilities, label, bins=2)
-    assert confidence == pytest.approx([100 * (0.9 + 0.8 + 0.95 + 0.7) / 4]) and accuracy == pytest.approx([25.0])
+    bins = trainer.reliability(probabilities, label, 2)
+    assert bins.to_numpy().tolist() == [pytest.approx([(0.9 + 0.8 + 0.95 + 0.7) / 4, 0.25, 1.0])]
     metrics, rows = json.loads((trained / "metrics.json").read_text()), pd.read_csv(trained / "test_predictions.csv").set_index("stem")
     for mistake in metrics["most_confident_mistakes"]:
         row = rows.loc[mistake["stem"]]
@@ -573,7 +575,9 @@ def test_more_spectrograms_than_memory_holds(mels, constants, monkeypatch, tmp_p
 def test_report_of_odd_names(tmp_path):
     """One actor whose name is no UTF-8, no intensities in the names."""
     path = tmp_path / "report.png"
-    trainer.plot_report(path, ["a_b_ANG"] * 6, np.array(["\udcff"] * 6), torch.eye(6), torch.arange(6), 1.0)
+    names = list(trainer.EMOTIONS.values())
+    table = pd.DataFrame({"stem": ["a_b_ANG"] * 6, "actor": ["\udcff"] * 6, "true_class": names, "predicted_class": names})
+    trainer.plot_report(path, table, torch.eye(6), torch.arange(6), 1.0)
     assert path.stat().st_size > 10_000
 
 
