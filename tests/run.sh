@@ -1,5 +1,5 @@
 #!/bin/sh
-# All tests: sh tests/run.sh. Arguments go to pytest: sh tests/run.sh -k padding
+# The tests, without the long ones: sh tests/run.sh. Arguments go to pytest: sh tests/run.sh -k padding
 set -e
 arguments="$*"
 set -- tests/requirements.txt
