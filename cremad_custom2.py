@@ -4,7 +4,7 @@ Edit the constants below, then
 
     python cremad_custom2.py
 
-EPOCHS = 5 gives a first look. Writes, in OUTPUT_DIR:
+On a laptop without a GPU, EPOCHS = 5 gives a first look. Writes, in OUTPUT_DIR:
 
     best_model.pth           for custom2_tester.py: the epoch of best validation accuracy
     last_checkpoint.pth      after every epoch: set RESUME = True and run again to go on from it
