@@ -100,7 +100,7 @@ DECAY_AFTER = 9  # epochs; after each later one the learning rate is multiplied
 LR_DECAY = 0.65  # by this; 1 = off
 LR_FACTOR = 0.5  # of ReduceLROnPlateau
 LR_PATIENCE = 3  # epochs without a better validation accuracy that the rate survives
-PATIENCE = 8  # epochs without a better validation accuracy before training stops
+PATIENCE = 8  # epochs without as good a validation accuracy before training stops
 # system
 SEED = 42
 RESUME = False  # True: go on from last_checkpoint.pth
@@ -660,7 +660,7 @@ def train(run):
             run.scheduler.step(row["val_accuracy"])
         if epoch > DECAY_AFTER:
             run.optimizer.param_groups[0]["lr"] *= LR_DECAY
-        if best := row["val_accuracy"] > run.best_accuracy:
+        if best := row["val_accuracy"] >= run.best_accuracy:  # of equal ones the last, with a lower learning rate
             run.best_accuracy, run.best_epoch = row["val_accuracy"], epoch
         if RANK == 0:
             if best:

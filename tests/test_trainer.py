@@ -246,10 +246,10 @@ def stubbed(constants, monkeypatch, tmp_path):
 
 
 def test_early_stopping_and_best_model(stubbed, tmp_path):
-    run = stubbed([0.2, 0.5, 0.4, 0.6, 0.55, 0.6, 0.5, 0.59, 0.9])
-    assert len(run.history) == 8 and run.best_epoch == 4  # 4 epochs after the best; a tie is no improvement
+    run = stubbed([0.2, 0.5, 0.4, 0.6, 0.55, 0.6, 0.5, 0.59, 0.55, 0.58, 0.9])
+    assert len(run.history) == 10 and run.best_epoch == 6  # 4 epochs after the best, of equal ones the last
     best = torch.load(tmp_path / "best_model.pth", weights_only=True)
-    assert best["epoch"] == 4 and best["metrics"]["val_accuracy"] == pytest.approx(0.6)
+    assert best["epoch"] == 6 and best["metrics"]["val_accuracy"] == pytest.approx(0.6)
 
 
 def test_plateau_lowers_the_learning_rate(stubbed):
