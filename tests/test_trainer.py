@@ -259,7 +259,7 @@ def test_plateau_lowers_the_learning_rate(stubbed):
 
 def test_learning_rate_decays_after_so_many_epochs(stubbed, constants):
     constants(DECAY_AFTER=2, LR_DECAY=0.5)
-    run = stubbed([0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5])
+    run = stubbed([0.1, 0.2, 0.3, 0.4, 0.5, 0.4, 0.4, 0.4, 0.4])
     assert [row["learning_rate"] for row in run.history][:5] == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.025])
 
 
