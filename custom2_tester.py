@@ -950,14 +950,26 @@ def follow_parent():
 
 
 @contextlib.contextmanager
+def ctrl_c_waits():
+    """Within it Ctrl-C waits, and worker processes that start in it inherit that: it is for the main process."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextlib.contextmanager
 def drawing_processes(workers):
     """Processes that draw, started before the first thread is, so that forking is safe."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     artists = ProcessPoolExecutor(workers, context, follow_parent)
-    answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit this: Ctrl-C is for the main process
     try:
-        artists.submit(int).result()
-        signal.signal(signal.SIGINT, answer)
+        with ctrl_c_waits():
+            artists.submit(int).result()
         yield artists
     except BrokenProcessPool:
         sys.exit("A drawing process was killed, most often for want of memory: run again with fewer --workers.")

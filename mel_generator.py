@@ -330,6 +330,19 @@ def follow_parent():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
+@contextlib.contextmanager
+def ctrl_c_waits():
+    """Within it Ctrl-C waits, and worker processes that start in it inherit that: it is for the main process."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def process_all(tasks, workers):
     """Runs process_clip over the tasks in worker processes; returns {path: why it was skipped}."""
     if not tasks:
@@ -337,9 +350,8 @@ def process_all(tasks, workers):
     context = multiprocessing.get_context("spawn")  # started anew, so that the environment above counts
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, follow_parent)
     try:
-        answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit this: Ctrl-C is for the main process
-        results = pool.map(process_clip, tasks, chunksize=min(16, -(-len(tasks) // workers)))
-        signal.signal(signal.SIGINT, answer)
+        with ctrl_c_waits():
+            results = pool.map(process_clip, tasks, chunksize=min(16, -(-len(tasks) // workers)))
         bar = tqdm(results, total=len(tasks), unit="clip", desc="Spectrograms")
         return {path: reason for path, reason in bar if reason}
     except BrokenProcessPool:
