@@ -962,8 +962,8 @@ class Run:
                 "name another OUTPUT_DIR, or set RESUME = False."
             )
         print(f"Going on from {path}, after epoch {len(self.history)}.")
-        if state["amp"] != str(self.amp):
-            print(f"Note: so far in {state['amp']}, now in {self.amp} (None: float32).")
+        if state.get("amp") != str(self.amp):
+            print(f"Note: so far in {state.get('amp')}, now in {self.amp} (None: float32).")
 
 
 def keep_previous(output_dir):

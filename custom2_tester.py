@@ -950,8 +950,8 @@ def follow_parent():
 
 
 @contextlib.contextmanager
-def ctrl_c_waits():
-    """Within it Ctrl-C waits, and worker processes that start in it inherit that: it is for the main process."""
+def deaf_to_ctrl_c():
+    """Worker processes that start in it never hear of Ctrl-C, which is for the main process and not lost there."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -968,7 +968,7 @@ def drawing_processes(workers):
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     artists = ProcessPoolExecutor(workers, context, follow_parent)
     try:
-        with ctrl_c_waits():
+        with deaf_to_ctrl_c():
             artists.submit(int).result()
         yield artists
     except BrokenProcessPool:

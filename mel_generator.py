@@ -285,7 +285,7 @@ def resample(samples, ratio):
     cutoff = min(1.0, up / down)  # of the Nyquist frequency, so that nothing folds back
     half = math.ceil(48 / cutoff)  # samples that the sinc reaches to each side
     distance = np.arange(-half, down + half)[:, None] - np.arange(up) * down / up  # (reach, up)
-    # Zero past the sinc's reach, not 4e-33: sums of such products are denormal, which on Intel take ten times as long.
+    # Zero past the sinc's reach, not 4e-33: sums of such products are denormal, which on Intel take nine times as long.
     window = np.where(abs(distance) < half, np.cos(np.pi / 2 * distance / half) ** 2, 0)
     kernel = (0.96 * cutoff * np.sinc(0.96 * cutoff * distance) * window).astype(np.float32)
     padded = np.pad(samples, (half, half + down))
@@ -331,8 +331,8 @@ def follow_parent():
 
 
 @contextlib.contextmanager
-def ctrl_c_waits():
-    """Within it Ctrl-C waits, and worker processes that start in it inherit that: it is for the main process."""
+def deaf_to_ctrl_c():
+    """Worker processes that start in it never hear of Ctrl-C, which is for the main process and not lost there."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -350,7 +350,7 @@ def process_all(tasks, workers):
     context = multiprocessing.get_context("spawn")  # started anew, so that the environment above counts
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, follow_parent)
     try:
-        with ctrl_c_waits():
+        with deaf_to_ctrl_c():
             results = pool.map(process_clip, tasks, chunksize=min(16, -(-len(tasks) // workers)))
         bar = tqdm(results, total=len(tasks), unit="clip", desc="Spectrograms")
         return {path: reason for path, reason in bar if reason}

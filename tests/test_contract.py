@@ -1,7 +1,9 @@
 """What holds over all three scripts."""
 
 import ast
+import importlib
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -68,6 +70,21 @@ def interrupt(command, wait_for, cwd):
     started = time.monotonic()
     rest, _ = process.communicate(timeout=60)
     return process.returncode, time.monotonic() - started, text + rest
+
+
+@pytest.mark.parametrize("script", ["mel_generator", "custom2_tester"])
+def test_ctrl_c_while_workers_start_is_not_lost(script):
+    """Workers inherit the starting thread's mask; another thread of this process may take the signal meanwhile."""
+    seen, module = [], importlib.import_module(script)
+    answer = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+    try:
+        with module.deaf_to_ctrl_c():
+            assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        assert seen == [1] and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.signal(signal.SIGINT, answer)
 
 
 def test_ctrl_c_in_the_trainer_says_how_to_go_on(mels, tmp_path):
