@@ -56,6 +56,20 @@ def test_shift_is_by_a_tenth_with_silence():
     assert earlier.tolist() == list(range(11, 101)) + [0] * 10
 
 
+def test_augmentations_are_those_documented():
+    assert gen.VARIANTS == {
+        "time_shift_pos": ("shift", 0.1), "time_shift_neg": ("shift", -0.1), "pitch_up": ("pitch", 2.0), "pitch_down": ("pitch", -2.0),
+        "stretch_fast": ("stretch", 1.2), "stretch_slow": ("stretch", 0.8), "noise_low": ("noise", 0.005), "noise_medium": ("noise", 0.01),
+    }  # fmt: skip
+
+
+def test_noise_is_each_clips_own(voice):
+    noise = {key: gen.augment(voice, *key) - voice for key in (("noise_low", 1, "a"), ("noise_low", 2, "a"), ("noise_low", 1, "b"))}
+    assert np.array_equal(gen.augment(voice, "noise_low", 1, "a") - voice, noise["noise_low", 1, "a"])
+    alike = np.corrcoef([*noise.values()])
+    assert np.abs(alike - np.eye(3)).max() < 0.05
+
+
 @pytest.mark.parametrize("variant", gen.VARIANTS)
 def test_augmentation_is_librosas(voice, variant):
     kind, amount = gen.VARIANTS[variant]
@@ -87,8 +101,8 @@ def test_pitch_moves_by_two_semitones_and_stretch_changes_length_alone():
 def test_variants_depend_on_seed_and_stem_alone():
     three, eight = gen.choose_variants(42, "1001_DFA_ANG_XX", 3), gen.choose_variants(42, "1001_DFA_ANG_XX", 8)
     assert eight[:4] == three and sorted(eight[1:]) == sorted(gen.VARIANTS)
-    others = {tuple(gen.choose_variants(s, stem, 3)) for s in (1, 2) for stem in ("1001_DFA_ANG_XX", "1002_DFA_ANG_XX")}
-    assert len(others) > 1
+    assert len({tuple(gen.choose_variants(seed, "1001_DFA_ANG_XX", 3)) for seed in range(5)}) > 1
+    assert len({tuple(gen.choose_variants(42, f"100{i}_DFA_ANG_XX", 3)) for i in range(5)}) > 1
 
 
 def test_folder_is_the_same_whatever_the_workers_or_interruptions(corpus, mels, tmp_path):
@@ -117,7 +131,7 @@ def test_contents_and_config(corpus, mels, voice):
 def test_any_rate_channels_and_format(tmp_path):
     time = np.arange(48000) / 48000
     tone = 0.3 * np.sin(2 * np.pi * 440 * time)
-    soundfile.write(tmp_path / "1001_A_ANG_1.WAV", np.stack([tone, tone], 1), 48000, subtype="PCM_24")
+    soundfile.write(tmp_path / "1001_A_ANG_1.WAV", np.stack([2 * tone, 0 * tone], 1), 48000, subtype="PCM_24")
     soundfile.write(tmp_path / "1001_A_ang_2.flac", tone[::3], 16000)
     (tmp_path / "sub").mkdir()
     soundfile.write(tmp_path / "sub" / "1001_A_Ang_3.wav", tone[::6].astype(np.float64), 8000, subtype="DOUBLE")
@@ -170,6 +184,8 @@ def test_every_bad_file_is_told_apart(tmp_path):
     soundfile.write(tmp_path / "1001_A_ANG_zero.wav", tone, 16000)
     generate(tmp_path, tmp_path / "out", "--no_augment")
     assert "1001_A_ANG_zero.wav" not in skipped(tmp_path / "out")
+    generate(tmp_path / "z", tmp_path / "out", "--no_augment")
+    assert skipped(tmp_path / "out").keys() == words.keys() - {"1001_A_ANG_zero.wav"}  # files of another folder stay told
 
 
 def test_other_settings_are_refused_and_overwrite_starts_anew(corpus, mels, tmp_path):
@@ -207,6 +223,7 @@ def test_shards_then_a_plain_run_are_one_run(corpus, mels, tmp_path):
     both = ["--input_dir", corpus, "--output_dir", tmp_path, "--n_augmentations", 2, "--workers", 1]
     shards = [start(ROOT / "mel_generator.py", *both, "--shard", f"{i}/3") for i in range(3)]
     assert [shard.wait(120) for shard in shards] == [0, 0, 0]
+    assert all(sum(gen.in_shard(path, (i, 3)) for i in range(3)) == 1 for path in corpus.iterdir())
     parts = [len((tmp_path / f"skipped.{i}-of-3.csv").read_text().splitlines()) for i in range(3)]
     assert parts == [1, 1, 1] and len(list(tmp_path.rglob("*.npy"))) == 48 * 3
     generate(corpus, tmp_path, "--n_augmentations", 2)

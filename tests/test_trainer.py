@@ -18,6 +18,7 @@ from conftest import TOY, generate, run, train
 from editing import edited_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score, recall_score
 from torch import nn
 
 import cremad_custom2 as trainer
@@ -62,6 +63,14 @@ def test_no_voice_on_two_sides_and_no_copy_outside_training(n_actors, clips, see
     assert set(split[split.split == "train"].variant) == {"original", "pitch_up", "noise_low"}
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_split_is_as_even_as_actors_allow(constants, seed):
+    """Of twenty actors half are always angry, half always sad: a single draw of three is of one kind in every fifth."""
+    constants(SPLIT="actor", SEED=seed)
+    split = trainer.assign_split(table([str(1000 + a) for a in range(20)], lambda a: ["ANG" if int(a) % 2 else "SAD"] * 12))
+    assert (split.groupby("split").emotion.nunique() == 2).all()
+
+
 def test_split_is_70_15_15_and_even_over_emotions(constants):
     constants(SPLIT="actor")
     codes = list(trainer.EMOTIONS)
@@ -82,6 +91,59 @@ def test_augmented_files_of_held_out_actors_change_nothing(mels, trained, tmp_pa
     train(tmp_path / "run", tmp_path / "mels")
     assert (tmp_path / "run/output/test_predictions.csv").read_bytes() == (trained / "test_predictions.csv").read_bytes()
     assert history(tmp_path / "run/output") == history(trained)
+
+
+@pytest.fixture
+def first_epoch(mels, constants):
+    """Trains a toy for an epoch, in this process, its clips changed before; returns loss and weights, plain and averaged."""
+    clips, config = trainer.list_clips(mels), trainer.read_mel_config(mels)
+
+    def go(change=lambda run: None, **values):
+        constants(**TOY | values)
+        run = trainer.Run(trainer.assign_split(clips), config, torch.device("cpu"), None)
+        change(run)
+        loss, _ = trainer.train_epoch(run, 1)
+        return loss, *(torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (run.model, run.average.module))
+
+    return go
+
+
+def test_held_out_clips_never_train(first_epoch, mels):
+    """Neither as examples nor by their statistics: whatever stands in them, the weights are the same."""
+
+    def no_numbers(run):
+        for side in ("val", "test"):
+            for i in run.sides[side]:
+                run.data.clip(i).fill_(torch.nan)
+
+    loss, weights, averaged = first_epoch()
+    other_loss, *others = first_epoch(no_numbers)
+    assert other_loss == loss and torch.equal(others[0], weights) and torch.equal(others[1], averaged)
+    clips = trainer.assign_split(trainer.list_clips(mels))
+    data = np.concatenate([np.load(path) for path in clips.path[clips.split == "train"]], 1).astype(float)
+    found = trainer.Run(clips, trainer.read_mel_config(mels), torch.device("cpu"), None).normalization
+    assert np.allclose(found["mean"], data.mean(1)) and np.allclose(found["std"], data.std(1), atol=1e-3)
+
+
+CHANGED = {"WEIGHTED_SAMPLING": False, "DROPOUT": 0.1, "LEARNING_RATE": 1e-3, "WARMUP_EPOCHS": 2, "WEIGHT_DECAY": 1.0, "LABEL_SMOOTHING": 0.3, "TIME_MASK": 0, "MEL_MASK": 0, "TIME_WARP": 0.0,
+           "MEL_SHIFT": 0, "TONE": 0.0, "GAIN": 0.0, "NARROW_BAND": 0.9, "GRADIENT_CLIP": 1e-6, "SEED": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_every_constant_of_training_is_used(first_epoch, name):
+    _, plain, _ = first_epoch()
+    _, changed, _ = first_epoch(**{name: CHANGED[name]})
+    assert (changed - plain).abs().max() > 1e-6
+
+
+def test_averaged_weights_and_schedule_are_those_of_the_constants(first_epoch, constants):
+    seen = []
+    _, weights, averaged = first_epoch(seen.append, AVERAGING=0.0)
+    assert torch.equal(weights, averaged)
+    _, weights, averaged = first_epoch(AVERAGING=0.9)
+    assert (weights - averaged).abs().max() > 1e-3
+    scheduler = seen[0].scheduler
+    assert (scheduler.mode, scheduler.factor, scheduler.patience) == ("max", trainer.LR_FACTOR, trainer.LR_PATIENCE)
 
 
 def test_published_split_as_csv(mels, tmp_path):
@@ -147,6 +209,14 @@ def test_architecture_as_documented():
     kinds = [type(layer) for layer in model.head]
     assert (kinds.count(nn.Linear), kinds.count(nn.BatchNorm1d)) == (3, 2)
     assert sum(p.numel() for p in model.parameters()) * 4 < 100e6
+
+
+def test_every_weight_has_its_say():
+    """But the pooling scores' last bias: a softmax does not see it."""
+    model = toy_model()
+    model(torch.randn(2, 40, 128), torch.tensor([40, 40])).square().sum().backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert set(silent) <= {"pooling.score.2.bias"}
 
 
 def test_lstm_is_pytorchs_on_packed_clips():
@@ -332,15 +402,26 @@ def history(folder):
         return [{k: v for k, v in row.items() if k not in ("seconds", "train_clips_per_s")} for row in csv.DictReader(file)]
 
 
+def leaves(value, at=""):
+    """Everything in a checkpoint but times: place and value."""
+    if isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            if key not in ("seconds", "train_clips_per_s", "OUTPUT_DIR", "EPOCHS", "RESUME"):
+                yield from leaves(part, f"{at}/{key}")
+    else:
+        yield at, value
+
+
 def test_resumed_run_is_the_unbroken_run(mels, trained, tmp_path):
-    train(tmp_path, mels, EPOCHS=1)
-    text = train(tmp_path, mels, EPOCHS=2, RESUME=True)
-    assert "after epoch 1" in text
+    train(tmp_path, mels, EPOCHS=3)
+    text = train(tmp_path, mels, RESUME=True)
+    assert "after epoch 3" in text
     assert history(tmp_path / "output") == history(trained)
     for name in ("last_checkpoint.pth", "best_model.pth"):
-        ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (tmp_path / "output", trained))
-        key = "model" if "model" in ours else "model_state_dict"
-        assert all(torch.equal(ours[key][k], theirs[key][k]) for k in theirs[key])
+        ours, theirs = (dict(leaves(torch.load(folder / name, weights_only=True))) for folder in (tmp_path / "output", trained))
+        assert ours.keys() == theirs.keys()
+        assert not [at for at in ours if not (torch.equal(ours[at], theirs[at]) if torch.is_tensor(ours[at]) else ours[at] == theirs[at])]
+    assert {"model", "average", "optimizer", "scheduler", "best_accuracy", "best_epoch"} <= torch.load(trained / "last_checkpoint.pth", weights_only=True).keys()
     text = train(tmp_path, mels, RESUME=True, DROPOUT=0.5, code=1)
     assert "DROPOUT was 0.3, now 0.5" in text
     shutil.copytree(mels, tmp_path / "mels")
@@ -393,6 +474,53 @@ def test_outputs_are_those_of_the_contract(trained):
     assert np.allclose(rows[list(trainer.EMOTIONS.values())].sum(axis=1), 1, atol=1e-5)
     checkpoint = torch.load(trained / "best_model.pth", weights_only=True)
     assert {"format_version", "model_state_dict", "model_config", "mel_config", "normalization", "max_width", "classes", "temperature", "epoch", "metrics", "training_config", "versions"} == checkpoint.keys()
+
+
+def test_what_is_saved_is_what_was_validated(mels, tmp_path):
+    """The averaged weights, in evaluation mode, on the validation actors' originals; the temperature is theirs."""
+    train(tmp_path, mels, EPOCHS=1, WARMUP_EPOCHS=2)
+    best, last = (torch.load(tmp_path / "output" / name, weights_only=True) for name in ("best_model.pth", "last_checkpoint.pth"))
+    assert all(torch.equal(value, last["average"][f"module.{name}"]) for name, value in best["model_state_dict"].items())
+    assert not all(torch.equal(value, last["model"][name]) for name, value in best["model_state_dict"].items())
+    model, _ = trainer.read_best(tmp_path / "output/best_model.pth", torch.device("cpu"))
+    split = pd.read_csv(tmp_path / "output/split.csv")
+    split = split[split.split == "val"]
+    mean, std = (torch.tensor(best["normalization"][name]) for name in ("mean", "std"))
+    clips = [(torch.from_numpy(np.load(mels / emotion / f"{stem}_original.npy").T) - mean) / std for stem, emotion in zip(split.stem, split.emotion, strict=True)]
+    label = torch.tensor([list(trainer.EMOTIONS).index(code) for code in split.emotion])
+    logits = trainer.logits_of(model, clips, 4, torch.device("cpu"))
+    (row,) = history(tmp_path / "output")
+    assert float(row["val_loss"]) == pytest.approx(float(nn.functional.cross_entropy(logits, label)), rel=1e-5)
+    assert best["temperature"] == pytest.approx(trainer.fit_temperature(logits, label))
+    assert float(row["learning_rate"]) == pytest.approx(TOY["LEARNING_RATE"] / 2)  # at the end of the first of two epochs of warm-up
+
+
+def test_figures_of_a_side():
+    """Where emotions differ in frequency, against scikit-learn; the interval narrows with actors who are alike."""
+    random = np.random.default_rng(0)
+    label = torch.from_numpy(random.choice(6, 600, p=[0.4, 0.3, 0.1, 0.1, 0.05, 0.05]))
+    answer = torch.where(torch.from_numpy(random.random(600)) < 0.2 + 0.1 * label, label, (label + 1) % 6)
+    logits = 3.0 * nn.functional.one_hot(answer, 6)
+    actors = np.repeat([f"a{i}" for i in range(30)], 20)
+    found = trainer.measure(logits, label, actors, 2.0)
+    assert found["accuracy"] == pytest.approx(float((answer == label).float().mean()))
+    assert found["uar"] == pytest.approx(recall_score(label, answer, average="macro")) and abs(found["uar"] - found["accuracy"]) > 0.02
+    assert found["macro_f1"] == pytest.approx(f1_score(label, answer, average="macro"))
+    assert found["ece"] == pytest.approx(trainer.calibration_error((logits / 2).softmax(1), label)) != found["ece_before"]
+    low, high = found["uar_ci95"]
+    assert low < found["uar"] < high and 0.03 < high - low < 0.2
+    bad = np.isin(actors, [f"a{i}" for i in range(15)])
+    low, high = trainer.uar_interval(label, torch.where(torch.from_numpy(bad), label, (label + 1) % 6), actors)
+    assert low < 0.4 and high > 0.6  # people who differ widen it
+
+
+def test_confusion_matrix_has_a_row_for_each_true_class(monkeypatch, tmp_path):
+    import seaborn
+
+    seen, heatmap = [], seaborn.heatmap
+    monkeypatch.setattr(seaborn, "heatmap", lambda percent, **looks: seen.append((percent, looks["annot"])) or heatmap(percent, **looks))
+    trainer.plot_confusion(tmp_path / "a.png", ["a", "a", "b", "b"], ["a", "b", "b", "b"], ["a", "b"], "title")
+    assert seen[0][0].tolist() == [[50, 50], [0, 100]] and seen[0][1] == [["1\n50 %", "1\n50 %"], ["0\n0 %", "2\n100 %"]]
 
 
 def test_calibration_error_and_temperature():
@@ -489,13 +617,20 @@ def torchrun(script, code=0):
 
 def test_two_processes_train_as_one_and_resume(mels, tmp_path):
     def script(name, **constants):
-        return edited_trainer(tmp_path / name, **TOY | {"MEL_DIR": str(mels), "OUTPUT_DIR": str(tmp_path / name / "output"), "BATCH_SIZE": 8, "AMP": "off"} | constants)
+        return edited_trainer(tmp_path / name, **TOY | {"MEL_DIR": str(mels), "OUTPUT_DIR": str(tmp_path / name / "output"), "BATCH_SIZE": 8, "AMP": "off", "EPOCHS": 2} | constants)
 
-    text = torchrun(script("whole"))
+    whole = script("whole")
+    code = whole.read_text()
+    whole.write_text(code.replace("    train(run)\n", '    train(run)\n    torch.save(list(run.model.parameters()), f"rank{RANK}.pth")\n'))
+    text = torchrun(whole)
+    whole.write_text(code)
+    ours, theirs = (torch.load(tmp_path / f"whole/rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True)), "the processes' weights went apart"
     assert text.count("epoch   1/2") == 1, "one process speaks"
     rows = history(tmp_path / "whole/output")
     metrics = json.loads((tmp_path / "whole/output/metrics.json").read_text())
     best = rows[metrics["best_epoch"] - 1]
+    assert float(rows[0]["learning_rate"]) == pytest.approx(TOY["LEARNING_RATE"] * 2**0.5)
     assert len(rows) == 2 and float(best["val_accuracy"]) == pytest.approx(metrics["val"]["accuracy"])  # read back by one process
     torchrun(script("cut", EPOCHS=1))
     torchrun(script("cut", RESUME=True))
@@ -520,14 +655,14 @@ def test_processes_share_one_draw(constants):
 
 def test_processes_vary_their_clips_each_in_its_own_way(constants, monkeypatch):
     """A CPU's generator takes the lowest 32 bits of a seed."""
-    seeds, run = set(), types.SimpleNamespace(data=None, sides={"train": None}, device="cpu", normalization={"mean": [0.0], "std": [1.0]}, model=nn.Linear(1, 1))
-    monkeypatch.setattr(trainer, "draw_epoch", lambda *_: (torch.zeros(1, 3), torch.zeros(1, 3)))
-    monkeypatch.setattr(trainer, "tqdm", lambda *_, **__: seeds.add(torch.initial_seed() % 2**32) or 1 / 0)
+    seeds, shares, run = set(), [], types.SimpleNamespace(data=None, sides={"train": None}, device="cpu", normalization={"mean": [0.0], "std": [1.0]}, model=nn.Linear(1, 1))
+    monkeypatch.setattr(trainer, "draw_epoch", lambda *_: (torch.arange(6)[None], torch.zeros(1, 6)))
+    monkeypatch.setattr(trainer, "tqdm", lambda own, **_: shares.append(own[0][0].tolist()) or seeds.add(torch.initial_seed() % 2**32) or 1 / 0)
     for rank, epoch in ((0, 1), (1, 1), (2, 1), (0, 2), (1, 2)):
-        constants(RANK=rank)
+        constants(RANK=rank, PROCESSES=3)
         with pytest.raises(ZeroDivisionError):
             trainer.train_epoch(run, epoch)
-    assert len(seeds) == 5
+    assert len(seeds) == 5 and shares[:3] == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_processes_that_differ_end_together(mels, tmp_path):
