@@ -65,6 +65,8 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
+pd.set_option("mode.string_storage", "python")  # pyarrow, where it is installed, refuses names that are no UTF-8
+
 # --------------------------------------------------------------------------------------
 # Constants: the defaults are tuned for CREMA-D, on a laptop or one GPU
 
@@ -137,7 +139,8 @@ def check_constants():
         ("WEIGHTED_SAMPLING RESUME", (bool,), lambda v: True, "True or False"),
         ("MAX_WIDTH EPOCHS PATIENCE HIDDEN", (int,), lambda v: v >= 1, "a whole number, at least 1"),
         ("HEADS", (int,), lambda v: v >= 1 and 2 * HIDDEN % v == 0, "a divisor of 2 * HIDDEN"),
-        ("WARMUP_EPOCHS DECAY_AFTER LR_PATIENCE SEED", (int,), lambda v: v >= 0, "a whole number, at least 0"),
+        ("WARMUP_EPOCHS DECAY_AFTER LR_PATIENCE", (int,), lambda v: v >= 0, "a whole number, at least 0"),
+        ("SEED", (int,), lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
         ("TIME_MASK MEL_MASK MEL_SHIFT", (int,), lambda v: v >= 0, "a whole number, at least 0"),
         ("BATCH_SIZE", (int,), lambda v: v >= 2, "a whole number, at least 2: batch norm cannot train on one clip"),
         ("DROPOUT LABEL_SMOOTHING TIME_WARP NARROW_BAND", number, lambda v: 0 <= v <= 0.99, "a number from 0 to 0.99"),
@@ -161,7 +164,7 @@ def check_constants():
 
 
 def compute_on(device):
-    """Raises RuntimeError where a device cannot compute, as a GPU too old for this PyTorch: to give memory is not enough."""
+    """Raises RuntimeError where a device cannot compute: a GPU too old for this PyTorch still gives memory."""
     nn.LSTM(1, 1).to(device)(torch.zeros(1, 1, 1, device=device))[0].cpu()
 
 
@@ -346,7 +349,7 @@ def read_spectrogram(path, n_mels):
 
 
 def room_for(n_frames, n_mels):
-    """Float32 (n_frames, n_mels): in memory or, if that would take over half of it, in a nameless file in OUTPUT_DIR."""
+    """Float32 (n_frames, n_mels): in memory or, if that would take half of it, in a nameless file in OUTPUT_DIR."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):  # Windows does not tell
@@ -681,12 +684,15 @@ def print_epoch(row, best):
 
 
 def uar(true, predicted):
-    """Unweighted average recall: the mean over the emotions that occur of the share found."""
+    """Unweighted average recall of classes (N,): the mean over the emotions that occur of the share found."""
     return float(np.mean([float((predicted[true == c] == c).float().mean()) for c in true.unique()]))
 
 
 def reliability(probabilities, label, bins):
-    """Mean confidence and accuracy of the clips in each of so many equal bins of confidence, and their share of all."""
+    """Mean confidence, accuracy and share of all clips: a row for each of so many equal bins of confidence with clips.
+
+    `probabilities` is (N, classes), `label` (N,).
+    """
     confidence, predicted = (values.numpy() for values in probabilities.max(1))
     table = pd.DataFrame({"confidence": confidence, "accuracy": predicted == label.numpy()}, dtype=float)
     bin_of = table.groupby((table.confidence * bins).astype(int).clip(upper=bins - 1).to_numpy())
@@ -694,18 +700,18 @@ def reliability(probabilities, label, bins):
 
 
 def calibration_error(probabilities, label):
-    """Expected calibration error of the top label, 15 equal bins (Guo et al., arXiv:1706.04599)."""
+    """Expected calibration error, 0 to 1, of the top label, 15 equal bins (Guo et al., arXiv:1706.04599)."""
     table = reliability(probabilities, label, 15)
     return float((table.share * (table.accuracy - table.confidence).abs()).sum())
 
 
 def fit_temperature(logits, label):
-    """The divisor of the logits that makes them most likely, of 401 from 0.1 to 10 (Guo et al., arXiv:1706.04599)."""
+    """The divisor of logits (N, classes) that makes `label` (N,) most likely, of 401 from 0.1 to 10 (Guo et al.)."""
     return min(torch.logspace(-1, 1, 401).tolist(), key=lambda t: float(F.cross_entropy(logits / t, label)))
 
 
 def uar_interval(true, predicted, actors):
-    """95 % interval of the UAR, 1,000 bootstrap draws of actors; None where there is one actor."""
+    """95 % interval of the UAR, low and high, by 1,000 bootstrap draws of actors; None where there is one actor."""
     names, random = np.unique(actors), np.random.default_rng(SEED)
     if len(names) == 1:
         return None
@@ -833,7 +839,7 @@ def plot_report(path, table, logits, label, temperature):
         [["actor", "actor"], ["intensity", "sure"]], figsize=(7, 5.6), layout="constrained"
     )
     by_actor = right.groupby(table.actor).mean().sort_values()
-    names = [os.fsencode(actor).decode("utf-8", "replace") for actor in by_actor.index]
+    names = [os.fsencode(actor).decode("utf-8", "replace").replace("$", r"\$") for actor in by_actor.index]
     places["actor"].bar(names, by_actor, color="#0072B2", width=min(0.8, len(names) / 8))
     places["actor"].axhline(right.mean(), color="#D55E00", linestyle="--")
     places["actor"].set(xlabel="Test actor", ylabel="Accuracy (%)", ylim=(0, 100))
@@ -950,7 +956,7 @@ class Run:
             was, now = state["settings"], self.settings
             if changed := [k for k in now if k not in FREE_TO_CHANGE and was.get(k) != now[k]]:
                 words = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in changed)
-                sys.exit(f"RESUME = True, but {path} has other settings ({words}): set them back, or change OUTPUT_DIR.")
+                sys.exit(f"RESUME = True, but {path} is of other settings ({words}): set them back, or OUTPUT_DIR.")
             for name, part in self.parts.items():
                 if state[name]:  # a gradient scaler that is off has nothing to tell
                     part.load_state_dict(state[name])
@@ -971,7 +977,7 @@ def keep_previous(output_dir):
     names = "best_model.pth history.csv training_history.png confusion_matrix.png classification_report.txt"
     names += " test_report.png metrics.json test_predictions.csv split.csv run.json last_checkpoint.pth"
     found = [path for path in (output_dir / name for name in names.split()) if path.exists()]
-    models = [path for path in found if path.suffix == ".pth"]
+    models = [path for path in found if path.suffix == ".pth" or path.name == "metrics.json"]
     if models:  # the checkpoint goes last and names the folder: a move that was cut short goes on into the same one
         ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(models[-1].stat().st_mtime))
         folder = output_dir / f"earlier_{ended}"
@@ -1004,7 +1010,6 @@ def finish(run, seconds):
         metrics[side] = measure(logits, label, actors, temperature)
     table = write_test(run, logits, label, temperature)
     metrics["most_confident_mistakes"] = worst_mistakes(table)
-    plot_report(run.output_dir / "test_report.png", table, logits, label, temperature)
     metrics |= {
         "best_epoch": checkpoint["epoch"],
         "epochs": len(run.history),
@@ -1021,6 +1026,7 @@ def finish(run, seconds):
     packages = "matplotlib numpy pandas scikit-learn seaborn torch".split()
     record = run_record(seconds, packages, constants=run.settings, device=run.device, number_type=run.amp)
     write_text(run.output_dir / "run.json", record)
+    plot_report(run.output_dir / "test_report.png", table, logits, label, temperature)
     plot_history(run.output_dir / "training_history.png", run.history, checkpoint["epoch"])
     print_summary(run.output_dir, metrics)
 
@@ -1108,7 +1114,7 @@ def configuration(clips, mel_config, normalization):
     """The constants, mel settings, fingerprints of split and data: what a resumed run must share with the first."""
     split = clips[["stem", "variant", "split"]].to_csv(index=False, lineterminator="\n")
     split = split.encode("utf-8", "surrogateescape")
-    data = json.dumps({k: [round(x, 6) for x in v] for k, v in normalization.items()}).encode()  # another CPU's last bits
+    data = json.dumps({k: [round(x, 6) for x in v] for k, v in normalization.items()}).encode()  # last bits differ
     prints = {"SPLIT_SHA256": hashlib.sha256(split).hexdigest(), "DATA_SHA256": hashlib.sha256(data).hexdigest()}
     return {name: globals()[name] for name in (*SETTINGS, "PROCESSES")} | {"MEL_CONFIG": mel_config} | prints
 
@@ -1151,6 +1157,9 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except torch.OutOfMemoryError:
+        words = f'lower BATCH_SIZE ({BATCH_SIZE}), or set DEVICE = "cpu" and RESUME = True.'
+        sys.exit(f"The GPU has too little memory: {words}")
     except OSError as error:
         sys.exit(
             f"{error.filename or OUTPUT_DIR}: {error.strerror or error}. The epochs that ended are in {OUTPUT_DIR}: "

@@ -31,6 +31,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -71,6 +72,8 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
+pd.set_option("mode.string_storage", "python")  # pyarrow, where it is installed, refuses names that are no UTF-8
+
 # --------------------------------------------------------------------------------------
 # Constants
 
@@ -99,6 +102,8 @@ def native(path):
 
 def check_head(path):
     """Raises ValueError, with the reason in words, for a file whose first bytes tell that it is no sound."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("unreadable: no regular file")  # a pipe would be waited for for ever
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -196,7 +201,7 @@ def log_mel(samples, sample_rate, n_fft, hop_length, n_mels, fmin, fmax):
 
 
 def compute_on(device):
-    """Raises RuntimeError where a device cannot compute, as a GPU too old for this PyTorch: to give memory is not enough."""
+    """Raises RuntimeError where a device cannot compute: a GPU too old for this PyTorch still gives memory."""
     nn.LSTM(1, 1).to(device)(torch.zeros(1, 1, 1, device=device))[0].cpu()
 
 
@@ -712,7 +717,7 @@ def draw_clip(path, title, mel, probabilities, names, mel_config):
 def save_picture(figure, path):
     """Writes a figure as a PNG of a clip: whole, under names of any length and script."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}.tmp")  # path.tmp could be too long a name
+    temporary = os.path.join(os.path.dirname(path), f".{os.urandom(8).hex()}.tmp")  # path.tmp may be too long a name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names may hold letters that the font lacks
@@ -733,7 +738,7 @@ def mel_ticks(axes, n_mels, mel_config):
 def draw_timeline(path, title, parts, probabilities, names, mel_config):
     """The spectrogram of a long recording above the probabilities of its windows over time, as a PNG.
 
-    parts: (start, seconds, spectrogram or None where there is no sound) of each window; probabilities (windows, classes).
+    parts: (start, seconds, spectrogram or None where there is no sound) a window; probabilities (windows, classes).
     """
     end = parts[-1][0] + parts[-1][1]
     heard = [part for part in parts if part[2] is not None]
@@ -852,9 +857,9 @@ def parse_shard(text):
 
 
 def usable_cores():
-    """Cores that this process may use, of a cluster's machine its share; at most 61, Windows' limit of processes."""
+    """Cores that this process may use, of a cluster's machine its share; at most 61 on Windows, its limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 61)
+    return min(cores, 61) if os.name == "nt" else cores
 
 
 def parse_args():
@@ -934,9 +939,9 @@ def classify_all(args, paths, model, checkpoint, device, artists):
     windows = cut_windows(left, args.folder, args.window if args.segments else None, args.step)
     with tqdm(total=len(windows), desc="Classifying", unit="window" if args.segments else "file") as bar:
         answers = classify_windows(windows, args, model, checkpoint, device)
-        for n, (path, some) in enumerate(itertools.groupby(answers, key=lambda answer: answer.path), start=1):
+        for path, some in itertools.groupby(answers, key=lambda answer: answer.path):
             bar.update(results.add(path, some))
-            if n % (BATCHES_AT_ONCE * args.batch_size) == 0:
+            if max(map(len, results.new.values())) >= BATCHES_AT_ONCE * args.batch_size:
                 results.write()
         if not args.input_dir.exists():
             sys.exit(f"--input_dir {args.input_dir} went away during the run: bring it back and run it with --resume.")
@@ -981,12 +986,13 @@ def merge(args, checkpoint, paths):
     """Joins the shards' tables into partial ones, sorted as one run would have them; returns the shards' files."""
     order, shards, note = {cell(path): i for i, path in enumerate(paths)}, [], run_note(args)
     for kind, columns in table_columns(args, checkpoint).items():
-        found = {path.name: path for path in args.output_dir.glob(f"{kind}.*-of-*.csv")}
-        n = next((int(name.split("-of-")[1].removesuffix(".csv")) for name in found), 0)
+        found = {path.name: path for path in args.output_dir.glob(f"{kind}.[0-9]*-of-[0-9]*.csv")}
+        n = next((int(re.search(r"-of-(\d+)", name)[1]) for name in found), 0)
         parts = {i: table_path(args, kind, (i, n)) for i in range(n)}
-        lost = [f"--shard {i}/{n}" for i, path in parts.items() if path.name not in found]
+        begun = {path for path in parts.values() if Path(f"{path}.partial").exists()}  # again: the note is that run's
+        lost = [f"--shard {i}/{n}" for i, path in parts.items() if path.name not in found or path in begun]
         if lost or len(found) != n or not n:
-            words = f": run {', '.join(lost)}" if lost else ""
+            words = f": run {', '.join(lost)}" if lost else f": delete those of another N than {n}" if n else ""
             sys.exit(f"--merge: {args.output_dir} holds {len(found)} shards' {kind}, not one of each{words}.")
         for i in parts if kind == "classification_results" else ():
             if not is_noted(shard_note := table_path(args, kind, (i, n), ".run"), note):
@@ -1083,6 +1089,8 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except torch.OutOfMemoryError:
+        sys.exit("The GPU's memory is full: run again with --resume and a lower --batch_size, or with --cpu.")
     except OSError as error:
         sys.exit(
             f"{error.filename or 'A file'}: {error.strerror or error}. What was written before stays: "

@@ -95,6 +95,8 @@ def native(path):
 
 def check_head(path):
     """Raises ValueError, with the reason in words, for a file whose first bytes tell that it is no sound."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("unreadable: no regular file")  # a pipe would be waited for for ever
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -368,8 +370,8 @@ def process_all(tasks, workers):
 
 
 def write_whole(path, data):
-    """Writes bytes under a name of this process's own, then renames: path is whole or not there."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    """Writes bytes under a name that no other process has, then renames: path is whole or not there."""
+    temporary = f"{path}.{int.from_bytes(os.urandom(4), 'big')}.tmp"  # two containers' process numbers may be equal
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -413,7 +415,8 @@ def write_skipped(path, skipped, clips):
     """Brings skipped.csv up to date: this run's rows, and earlier rows of files that it did not see."""
     if path.exists():
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            earlier = dict(row for row in csv.reader(file) if len(row) == 2 and row != ["file", "reason"])
+            lines = (line.replace("\0", "") for line in file)  # a power cut's, which Python 3.10 refuses
+            earlier = dict(row for row in csv.reader(lines) if len(row) == 2 and row != ["file", "reason"])
         seen = set(clips.values())
         skipped = {name: reason for name, reason in earlier.items() if name not in seen} | skipped
     text = io.StringIO(newline="")
@@ -483,9 +486,9 @@ def parse_shard(text):
 
 
 def usable_cores():
-    """Cores that this process may use, of a cluster's machine its share; at most 61, Windows' limit of processes."""
+    """Cores that this process may use, of a cluster's machine its share; at most 61 on Windows, its limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 61)
+    return min(cores, 61) if os.name == "nt" else cores
 
 
 def parse_args():

@@ -150,13 +150,14 @@ def bad_files(folder):
     (folder / "1001_A_ANG_zero.wav").write_bytes(b"")
     (folder / "1001_A_ANG_text.wav").write_text("this is no sound\n" * 50)
     (folder / "1001_A_ANG_link.wav").symlink_to("nowhere")
+    os.mkfifo(folder / "1001_A_ANG_pipe.wav")
     write("1001_A_ANG_none.wav", tone[:0])
     write("1001_A_ANG_short.wav", tone[:511])
     write("1001_A_ANG_silent.wav", np.zeros(16000))
     write("1001_A_ANG_dc.wav", np.full(16000, 0.5))
     write("1001_A_ANG_nan.wav", np.where(np.arange(16000) == 7, np.nan, tone))
     write("1001_A_ANG_inf.wav", np.where(np.arange(16000) == 7, np.inf, tone))
-    words = {"lfs": "git lfs pull", "zero": "0 bytes", "text": "unreadable", "link": "unreadable: No such file", "none": "without samples",
+    words = {"lfs": "git lfs pull", "zero": "0 bytes", "text": "unreadable", "link": "unreadable: No such file", "pipe": "no regular file", "none": "without samples",
              "short": "shorter than one hop", "silent": "silent", "dc": "silent", "nan": "not finite", "inf": "not finite"}  # fmt: skip
     return {f"1001_A_ANG_{name}.wav": word for name, word in words.items()}
 
@@ -184,6 +185,8 @@ def test_every_bad_file_is_told_apart(tmp_path):
     soundfile.write(tmp_path / "1001_A_ANG_zero.wav", tone, 16000)
     generate(tmp_path, tmp_path / "out", "--no_augment")
     assert "1001_A_ANG_zero.wav" not in skipped(tmp_path / "out")
+    with open(tmp_path / "out" / "skipped.csv", "ab") as file:
+        file.write(b"\0\0\0")  # a power cut's
     generate(tmp_path / "z", tmp_path / "out", "--no_augment")
     assert skipped(tmp_path / "out").keys() == words.keys() - {"1001_A_ANG_zero.wav"}  # files of another folder stay told
 

@@ -303,8 +303,13 @@ def test_shards_joined_are_one_run(corpus, trained, tmp_path):
     other = tmp_path / "other.pth"
     torch.save(torch.load(model, weights_only=True) | {"epoch": 99}, other)
     assert "another model, --input_dir or option" in classify(corpus, other, tmp_path / "three", "--merge", code=1)
+    again = tmp_path / "three/classification_results.0-of-3.csv.partial"
+    (stray := tmp_path / "three/classification_results.one-of-mine.csv").touch()
+    again.write_bytes(b"")  # a shard that was begun again, of whatever model, and killed
+    assert "run --shard 0/3" in classify(corpus, model, tmp_path / "three", "--merge", code=1)
+    again.unlink()
     classify(corpus, model, tmp_path / "three", "--merge")  # what was refused is all there
-    assert not list((tmp_path / "three").glob("*-of-*.csv*"))
+    assert list((tmp_path / "three").glob("*-of-*.csv*")) == [stray]
     assert "take I/N" in classify(corpus, model, tmp_path / "three", "--shard", "3/3", code=2)
 
 

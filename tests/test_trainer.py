@@ -561,7 +561,7 @@ def refused(constants, monkeypatch, tmp_path, capfd):
     return go
 
 
-@pytest.mark.parametrize("name, value, word", [("EPOCHS", "many", "whole number"), ("BATCH_SIZE", 1, "BATCH_SIZE = 1"), ("DROPOUT", 1.5, "DROPOUT = 1.5"), ("AMP", "fp8", "AMP"), ("DEVICE", "toaster", "toaster"),
+@pytest.mark.parametrize("name, value, word", [("EPOCHS", "many", "whole number"), ("SEED", 10**15, "to 4294967295"), ("BATCH_SIZE", 1, "BATCH_SIZE = 1"), ("DROPOUT", 1.5, "DROPOUT = 1.5"), ("AMP", "fp8", "AMP"), ("DEVICE", "toaster", "toaster"),
                                                ("SPLIT", "by mood", "by mood"), ("MEL_DIR", "nowhere", "no folder"), ("RESUME", 1, "True or False"), ("CHANNELS", (1, 2), "four"), ("STRIDES", 2, "four pairs"), ("HEADS", 5, "divisor"),
                                                ("BATCH_SIZE", 5000, "lower BATCH_SIZE")])  # fmt: skip
 def test_wrong_constants_are_a_sentence(mels, tmp_path, refused, name, value, word):
@@ -708,10 +708,10 @@ def test_more_spectrograms_than_memory_holds(mels, constants, monkeypatch, tmp_p
 
 
 def test_report_of_odd_names(tmp_path):
-    """One actor whose name is no UTF-8, no intensities in the names."""
+    """Actors whose names are no UTF-8 or look like formulas, no intensities in the names."""
     path = tmp_path / "report.png"
     names = list(trainer.EMOTIONS.values())
-    table = pd.DataFrame({"stem": ["a_b_ANG"] * 6, "actor": ["\udcff"] * 6, "true_class": names, "predicted_class": names})
+    table = pd.DataFrame({"stem": ["a_b_ANG"] * 6, "actor": ["\udcff", "$a^$", "${$", "$%$", "e", "f"], "true_class": names, "predicted_class": names})
     trainer.plot_report(path, table, torch.eye(6), torch.arange(6), 1.0)
     assert path.stat().st_size > 10_000
 
