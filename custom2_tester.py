@@ -216,7 +216,7 @@ def gpu_or_cpu(cpu):
 
 
 def read_checkpoint(path):
-    """The dict of best_model.pth; nothing in the file is executed. Ends the program if it is no such file."""
+    """The dict of best_model.pth, and its file's sha256; nothing in it is executed. Any other file ends the program."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
@@ -238,7 +238,7 @@ def read_checkpoint(path):
             f"{path} has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}: "
             "use the scripts of one release together."
         )
-    return checkpoint
+    return checkpoint | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def load_checkpoint(path, device):
@@ -577,11 +577,10 @@ def table_columns(args, checkpoint):
     return columns | ({"segments": [*SEGMENT_START, *names]} if args.segments else {})
 
 
-def run_note(args):
+def run_note(args, checkpoint):
     """What a run's rows depend on, as text: kept beside them, so that none of another run come among them."""
-    model = hashlib.sha256(args.model_path.read_bytes()).hexdigest()
     options = "".join(f"{name} {getattr(args, name)}\n" for name in RUN_OPTIONS)
-    return f"model {model}\ninput_dir {args.input_dir.resolve()}\n{options}"
+    return f"model {checkpoint['sha256']}\ninput_dir {args.input_dir.resolve()}\n{options}"
 
 
 def is_noted(path, note):
@@ -607,7 +606,8 @@ class Results:
 
     def take_up(self):
         """Begins the partial files anew or, with --resume, goes on from the same run's; returns the files done."""
-        note, now = table_path(self.args, "classification_results", self.args.shard, ".run"), run_note(self.args)
+        note = table_path(self.args, "classification_results", self.args.shard, ".run")
+        now = run_note(self.args, self.checkpoint)
         earlier, undrawn = {kind: [] for kind in self.columns}, set()
         if self.args.resume:
             if note.exists() and not is_noted(note, now):
@@ -984,7 +984,7 @@ def drawing_processes(workers):
 
 def merge(args, checkpoint, paths):
     """Joins the shards' tables into partial ones, sorted as one run would have them; returns the shards' files."""
-    order, shards, note = {cell(path): i for i, path in enumerate(paths)}, [], run_note(args)
+    order, shards, note = {cell(path): i for i, path in enumerate(paths)}, [], run_note(args, checkpoint)
     for kind, columns in table_columns(args, checkpoint).items():
         found = {path.name: path for path in args.output_dir.glob(f"{kind}.[0-9]*-of-[0-9]*.csv")}
         n = next((int(re.search(r"-of-(\d+)", name)[1]) for name in found), 0)
@@ -1079,8 +1079,7 @@ def main():
     status, seconds = sum_up(args, checkpoint), time.perf_counter() - started
     name_tables(args, table_columns(args, checkpoint), shards)
     packages = "librosa matplotlib numpy pandas scikit-learn soundfile torch".split()
-    model = hashlib.sha256(args.model_path.read_bytes()).hexdigest()
-    record = run_record(seconds, packages, arguments=vars(args), model_sha256=model, device=device)
+    record = run_record(seconds, packages, arguments=vars(args), model_sha256=checkpoint["sha256"], device=device)
     write_text(table_path(args, "run", args.shard).with_suffix(".json"), record)
     print(f"{seconds:.1f} s. Results: {table_path(args, 'classification_results', args.shard)}")
     return status
