@@ -2,24 +2,18 @@
 
     python mel_generator.py --input_dir AudioWAV --output_dir mel_spectrograms
     python mel_generator.py --input_dir AudioWAV --output_dir mel_original --no_augment
-    python mel_generator.py --input_dir AudioWAV --output_dir mel_all --n_augmentations 8 --workers 2
+    python mel_generator.py --input_dir AudioWAV --output_dir mel_all --n_augmentations 8
 
-Reads every .wav and .flac below --input_dir whose name's third field is an emotion
+Reads every sound file below --input_dir whose name's third field is an emotion
 (1001_DFA_ANG_XX.wav: actor 1001, ANG). Writes, in --output_dir:
 
     EMO/STEM_VARIANT.npy   float32 (mel bands, frames): log power in dB at absolute level
     mel_config.json        every setting that training and inference must repeat
     skipped.csv            file, reason: each file that has no spectrogram, and why
-    run.json               arguments, versions, platform: what it takes to repeat the run
 
 A second run does what is missing. Exit status: 0 finished, 1 had to stop or nothing could be
 done (--strict: or a file was skipped), 2 wrong arguments, 130 Ctrl-C.
 """
-
-import os
-
-# For the worker processes: one thread each, and glibc to keep freed memory (a page fault costs more than the sums).
-os.environ |= {"OPENBLAS_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "67108864", "MALLOC_TRIM_THRESHOLD_": "134217728"}
 
 import argparse
 import contextlib
@@ -31,576 +25,1008 @@ import io
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
+import os
 import platform
 import re
+import secrets
+import shutil
 import signal
+import stat
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
-
-def stop(message, *_):
-    """Ctrl-C: a sentence, and out at once. Every file that has its final name is whole, so nothing needs undoing."""
-    for process in multiprocessing.active_children():
-        process.kill()
-    os.write(2, message)
-    os._exit(130)  # no exception, which could break into a library's own code and end in its traceback
-
-
-if __name__ == "__main__":
-    message = b"\nStopped. What was written stays: the same command goes on from there.\n"
-    signal.signal(signal.SIGINT, functools.partial(stop, message))  # before the imports that take seconds
-
-import librosa
 import numpy as np
 import soundfile
+import soxr
 from tabulate import tabulate
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------
 # Constants (the mel settings are options: see --help)
 
-EMOTIONS = {"ANG": "Angry", "DIS": "Disgust", "FEA": "Fear", "HAP": "Happy", "NEU": "Neutral", "SAD": "Sad"}
-AUDIO_SUFFIXES = (".wav", ".flac")
-MOST_SAMPLES = 2**40  # a file that claims more does not know its own length
+# fmt: off
+EMOTIONS = {"ANG": "Angry", "DIS": "Disgust", "FEA": "Fear",
+            "HAP": "Happy", "NEU": "Neutral", "SAD": "Sad"}
+# fmt: on
 VARIANTS = {  # name: (kind, amount)
     "time_shift_pos": ("shift", 0.1),  # fraction of the clip, later
     "time_shift_neg": ("shift", -0.1),
     "pitch_up": ("pitch", 2.0),  # semitones
     "pitch_down": ("pitch", -2.0),
-    "stretch_fast": ("stretch", 1.2),  # rate: over 1 is faster and shorter
+    "stretch_fast": ("stretch", 1.2),  # rate: above 1 is faster and shorter
     "stretch_slow": ("stretch", 0.8),
     "noise_low": ("noise", 0.005),  # standard deviation, full scale = 1
     "noise_medium": ("noise", 0.01),
 }
-VOCODER_FFT, VOCODER_HOP = 2048, 512  # librosa.effects' own, whatever the mel settings
-CORPUS_CLIPS, CORPUS_ACTORS = 7442, 91  # the whole of CREMA-D
-NAME_MAX = 255  # bytes in a file name on every usual file system
+VOCODER_FFT = 2048  # librosa.effects' own, whatever the mel settings
+VOCODER_HOP = 512
+# fmt: off
+SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".aifc", ".au",
+                      ".caf", ".w64", ".rf64")
+FFMPEG_SUFFIXES = (".m4a", ".mp4", ".m4b", ".webm", ".mkv", ".mov", ".wma", ".aac", ".amr", ".3gp")
+# fmt: on
+MAX_DECODED = 2**27  # samples of all channels that are decoded at once: 512 MB
+CORPUS_CLIPS = 7442  # the whole of CREMA-D
+CORPUS_ACTORS = 91
+MAX_NAME_BYTES = 255  # of a file name, on every usual file system
+WORKER_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",  # each worker has a core to itself
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "67108864",  # glibc keeps freed memory: page faults cost more than
+    "MALLOC_TRIM_THRESHOLD_": "134217728",  # the arithmetic
+}
+
+
+class UserError(Exception):
+    """Something that the user can fix, in words for the user."""
 
 
 # --------------------------------------------------------------------------------------
-# Reading
+# Audio
 
 
-def native(path):
-    """A path as libsndfile takes it: bytes, so that names that are no UTF-8 work too; on Windows text."""
+class AudioError(Exception):
+    """Why a sound file cannot be used, in words for the user."""
+
+
+def find_audio(folder: Path) -> tuple[list[str], dict[str, str], int]:
+    """Sound files below a folder, by suffix: relative paths with "/", sorted.
+
+    Besides, subfolders that cannot be entered, with the reason, and how many ._NAME files, which
+    hold macOS's notes and no sound, were passed over. Links to folders are not followed.
+    """
+    paths = []
+    closed = {}
+    n_ignored = 0
+
+    def note_closed(error: OSError) -> None:
+        relative = Path(error.filename).relative_to(folder).as_posix()
+        closed[f"{relative}/"] = f"unreadable: the folder cannot be entered ({error.strerror})"
+
+    for parent, _, names in os.walk(folder, onerror=note_closed):
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix.lower() in SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES:
+                if name.startswith("._"):
+                    n_ignored += 1
+                else:
+                    paths.append(path.relative_to(folder).as_posix())
+    return sorted(paths), closed, n_ignored
+
+
+def encode_path(path: Path) -> str | bytes:
+    """A path as libsndfile takes it: bytes, so that names that are no UTF-8 work too."""
     return os.fspath(path) if os.name == "nt" else os.fsencode(path)
 
 
-def check_head(path):
-    """Raises ValueError, with the reason in words, for a file whose first bytes tell that it is no sound."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("unreadable: no regular file")  # a pipe would be waited for for ever
+def check_file(path: Path) -> None:
+    """Raises AudioError for a file whose kind or first bytes tell that it is no sound."""
     try:
-        with open(path, "rb") as file:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for forever
+            raise AudioError("unreadable: not a regular file")
+        with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise ValueError(f"unreadable: {error.strerror}") from error
+        raise AudioError(f"unreadable: {error.strerror}") from error
     if head.startswith(b"version https://git-lfs"):
-        raise ValueError("Git LFS pointer, not audio: run 'git lfs pull' in the corpus's folder")
+        raise AudioError("Git LFS pointer, not audio: run 'git lfs pull' in the corpus's folder")
     if not head:
-        raise ValueError("empty: the file has 0 bytes")
+        raise AudioError("empty: the file has 0 bytes")
 
 
-def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
-    """Decodes a sound file, or `seconds` of it from `start` on, to mono at sample_rate.
+def decode_with_ffmpeg(path: Path, wav: Path, seconds: float | None = None) -> float | None:
+    """Decodes a file, or its first `seconds`, into a WAV that libsndfile reads.
 
-    Returns float32 (samples,), full scale 1. Channels are averaged; other rates are resampled
-    with soxr's high-quality filter. Raises ValueError, with the reason in words, for whatever
-    holds nothing to classify.
+    Returns the whole file's length in seconds as ffmpeg tells it, or None where it tells none.
     """
-    check_head(path)
+    if shutil.which("ffmpeg") is None:
+        raise AudioError(
+            "needs ffmpeg: install it (apt install ffmpeg, brew install ffmpeg), or convert the "
+            f'folder elsewhere: for f in *{path.suffix}; do ffmpeg -i "$f" "$f.wav"; done'
+        )
+    command = ["ffmpeg", "-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info", "-y"]
+    command += ["-protocol_whitelist", "file", "-i", path.absolute(), "-vn"]
+    command += [] if seconds is None else ["-t", f"{seconds:.3f}"]
+    command += ["-c:a", "pcm_f32le", "-rf64", "auto", wav.absolute()]
     try:
-        with soundfile.SoundFile(native(path)) as file:
-            rate = file.samplerate
-            if file.frames > MOST_SAMPLES:
-                raise ValueError("unreadable: its header does not tell its length; convert it: ffmpeg -i this new.wav")
-            file.seek(int(start * rate))
-            samples = file.read(-1 if seconds is None else math.ceil(seconds * rate), "float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"unreadable: {getattr(error, 'error_string', error)}") from error
-    if not len(samples):
-        raise ValueError("empty: a sound file without samples")
-    if rate < 1000:
-        raise ValueError(f"unreadable: a sampling rate of {rate} Hz")
-    if not np.abs(samples).max() < 1e15:  # the power of larger samples overflows float32
-        raise ValueError("not finite: NaN, infinite or boundless samples")
-    mono = samples.mean(axis=1)
-    if np.ptp(mono) == 0:
-        part = "" if seconds is None else f" in the {seconds:.1f} s from {start:.1f} s on"
-        raise ValueError(f"silent: all samples are equal{part}")
-    if rate != sample_rate:
-        mono = librosa.resample(mono, orig_sr=rate, target_sr=sample_rate)
-    if len(mono) < hop_length:
-        raise ValueError(f"shorter than one hop: {len(mono)} samples of {hop_length} at {sample_rate} Hz")
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    except OSError as error:
+        raise AudioError(f"unreadable: ffmpeg could not be started ({error.strerror})") from error
+    text = done.stderr.decode("utf-8", "replace")
+    if done.returncode or not wav.exists():
+        lines = re.findall(r"\[(?:error|fatal)\] (.+)", text) or text.split("\n")
+        reason = next((line.strip() for line in lines if line.strip()), "no sound in it")
+        raise AudioError(f"unreadable: ffmpeg says: {reason}")
+    if length := re.search(r"Duration: (\d+):(\d+):([\d.]+)", text):
+        hours, minutes, rest = length.groups()
+        return 3600 * int(hours) + 60 * int(minutes) + float(rest)
+    return None
+
+
+def repair_wav(path: Path) -> mmap.mmap | None:
+    """A WAV that was written to a pipe, its sizes 0, with its real sizes; None for other files.
+
+    The sizes are changed in memory; the file stays as it is.
+    """
+    with path.open("rb") as file:
+        wav = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    chunk = 12
+    while chunk < min(len(wav), 2**20) and wav[chunk : chunk + 4] != b"data":
+        size = int.from_bytes(wav[chunk + 4 : chunk + 8], "little")
+        chunk += 8 + size + size % 2
+    first_sample = chunk + 8
+    riff_end = int.from_bytes(wav[4:8], "little") + 8
+    if wav[:4] != b"RIFF" or not riff_end <= first_sample < len(wav):
+        return None
+    for size_at in (4, chunk + 4):
+        size = min(len(wav) - size_at - 4, 2**32 - 1)
+        wav[size_at : size_at + 4] = size.to_bytes(4, "little")
+    return wav
+
+
+def open_sound(path: Path) -> soundfile.SoundFile:
+    """Opens a sound file for reading."""
+    file = soundfile.SoundFile(encode_path(path))
+    repaired = repair_wav(path) if file.frames == 0 else None
+    return file if repaired is None else soundfile.SoundFile(repaired)
+
+
+def read_samples(
+    file: soundfile.SoundFile, start: float, seconds: float | None, max_duration: float
+) -> np.ndarray:
+    """`seconds` of an open file from `start` on, or all the rest: float32 (frames, channels)."""
+    rate = file.samplerate
+    if not 1000 <= rate <= 1_000_000:
+        raise AudioError(f"unreadable: a sampling rate of {rate} Hz")
+    if file.frames > 2**40:  # libsndfile's mark for a length that the header does not tell
+        raise AudioError(
+            "unreadable: its header does not tell its length; convert it: ffmpeg -i this new.wav"
+        )
+    if file.frames > max_duration * rate:
+        raise AudioError(
+            f"longer than --max_duration: {file.frames / rate:,.1f} s of at most {max_duration:g}"
+        )
+    first = int(start * rate)
+    n_frames = max(0, file.frames - first)
+    if seconds is not None:
+        n_frames = min(n_frames, math.ceil(seconds * rate))
+    if n_frames * file.channels > MAX_DECODED:
+        raise AudioError(
+            f"too large: {n_frames / rate:.1f} s of {file.channels} channels at {rate} Hz; "
+            "convert it: ffmpeg -i this -ac 1 -ar 16000 new.wav"
+        )
+    if file.seekable():
+        file.seek(first)
+    while not file.seekable() and first > 0:  # GSM 6.10: what comes before is read, too
+        first -= max(1, len(file.read(min(first, 2**20), "float32")))
+    return file.read(n_frames, "float32", always_2d=True)
+
+
+def mix_to_mono(samples: np.ndarray) -> np.ndarray:
+    """Mean of the channels, (frames, channels) to (frames,), without those that would spoil it.
+
+    Channels over 30 dB under the loudest stay out (5.1 sound has most of its six all but empty).
+    Where the mean is still over 10 dB under the loudest (antiphase), that channel is taken alone.
+    """
+    power = np.square(samples, dtype=np.float64).mean(axis=0)
+    loudest = int(power.argmax())
+    mono = samples[:, power >= power[loudest] / 1000].mean(axis=1)
+    if np.square(mono, dtype=np.float64).mean() < power[loudest] / 10:
+        return samples[:, loudest]
     return mono
 
 
-@functools.cache
-def mel_filters(sample_rate, n_fft, n_mels, fmin, fmax):
-    """Triangular mel filters of equal area, as librosa.filters.mel, which takes over a second to import.
+def check_samples(samples: np.ndarray) -> None:
+    """Raises AudioError for samples (frames, channels) that are none, not finite or no sound."""
+    if not len(samples):
+        raise AudioError("empty: a sound file without samples")
+    peak = np.abs(samples).max()
+    if not np.isfinite(peak):
+        raise AudioError("not finite: NaN or infinite samples")
+    if peak > 100:
+        raise AudioError(
+            f"beyond full scale: a sample is {peak:,.0f} times as large; integers saved as floats? "
+            "Divide them by 32768"
+        )
 
-    Mel as in Slaney's "Auditory Toolbox" (1998): linear up to 1 kHz, logarithmic above. For every 16 bands
-    the slice of STFT bins that they use, and float32 weights (16, those bins): the rest is zeros.
+
+def load_audio(
+    path: Path,
+    sample_rate: int,
+    hop_length: int,
+    start: float = 0.0,
+    seconds: float | None = None,
+    max_duration: float = math.inf,
+) -> tuple[np.ndarray, float]:
+    """Decodes a sound file, or `seconds` of it from `start` on, to mono at sample_rate.
+
+    Returns float32 (samples,), full scale 1, and the whole file's length in seconds. Resampled
+    by soxr at high quality, as librosa.resample does. Raises AudioError, with the reason in
+    words, for whatever holds nothing to classify.
     """
-    linear, step = 200 / 3, math.log(6.4) / 27  # Hz a mel below 1 kHz = 15 mel; growth a mel above
-    low, high = (15 + math.log(f / 1000) / step if f > 1000 else f / linear for f in (fmin, fmax))
-    mel = np.linspace(low, high, n_mels + 2)
-    corner = np.where(mel > 15, 1000 * np.exp(step * (mel - 15)), linear * mel)[:, None]  # Hz
-    hertz, width = np.arange(n_fft // 2 + 1) * sample_rate / n_fft, np.diff(corner, axis=0)
-    rise, fall = (hertz - corner[:-2]) / width[:-1], (corner[2:] - hertz) / width[1:]
-    weights = (np.minimum(rise, fall).clip(0) * 2 / (corner[2:] - corner[:-2])).astype(np.float32)
-    groups = [weights[at : at + 16] for at in range(0, n_mels, 16)]
-    used = [np.flatnonzero(group.any(axis=0)) for group in groups]
-    bins = [slice(u.min(initial=n_fft), u.max(initial=0) + 1) for u in used]
-    return [(some, group[:, some]) for some, group in zip(bins, groups, strict=True)]
+    check_file(path)
+    if path.suffix.lower() in FFMPEG_SUFFIXES:
+        end = max_duration + 1 if seconds is None else start + seconds
+        with tempfile.TemporaryDirectory() as folder:
+            wav = Path(folder, "decoded.wav")
+            length = decode_with_ffmpeg(path, wav, None if math.isinf(end) else end)
+            samples, decoded = load_audio(
+                wav, sample_rate, hop_length, start, seconds, max_duration
+            )
+        return samples, length or decoded
+    try:
+        with open_sound(path) as file:
+            rate = file.samplerate
+            duration = file.frames / rate
+            samples = read_samples(file, start, seconds, max_duration)
+    except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
+        raise AudioError(f"unreadable: {getattr(error, 'error_string', error)}") from error
+    check_samples(samples)
+    mono = mix_to_mono(samples)
+    if np.ptp(mono) == 0:
+        end = start + len(mono) / rate
+        part = "" if len(mono) == file.frames else f" from {start:.1f} to {end:.1f} s"
+        raise AudioError(f"silent: all samples are equal{part}")
+    if rate != sample_rate:
+        mono = soxr.resample(mono, rate, sample_rate)
+    if len(mono) < hop_length:
+        raise AudioError(
+            f"shorter than one hop: {len(mono)} samples of {hop_length} at {sample_rate} Hz"
+        )
+    return mono, duration
+
+
+# --------------------------------------------------------------------------------------
+# Features
+
+
+def wrong_mel_settings(settings: dict[str, Any]) -> str:
+    """What is wrong with mel settings, in words; "" if nothing is."""
+    whole = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
+    for name, (least, most) in whole.items():
+        if type(settings[name]) is not int or not least <= settings[name] <= most:
+            return f"{name} is {settings[name]!r}: must be a whole number, {least:,} to {most:,}"
+    n_fft = settings["n_fft"]
+    if settings["n_mels"] > n_fft // 2:
+        return f"n_mels is {settings['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
+    if type(settings["hop_length"]) is not int or not 1 <= settings["hop_length"] <= n_fft:
+        return f"hop_length is {settings['hop_length']!r}: must be 1 to n_fft, {n_fft}"
+    fmin, fmax, nyquist = settings["fmin"], settings["fmax"], settings["sample_rate"] / 2
+    if {type(fmin), type(fmax)} - {int, float} or not 0 <= fmin < fmax <= nyquist:
+        return (
+            f"fmin is {fmin!r}, fmax {fmax!r}: must be 0 <= fmin < fmax <= {nyquist:g} Hz, "
+            "half of sample_rate"
+        )
+    return ""
 
 
 @functools.cache
-def hann(size):
+def mel_filters(sample_rate: int, n_fft: int, n_mels: int, fmin: float, fmax: float) -> np.ndarray:
+    """Triangular mel filters of equal area, float32 (mel bands, STFT bins).
+
+    As librosa.filters.mel, which takes over a second to import. Mel as in Slaney's "Auditory
+    Toolbox" (1998): linear up to 1 kHz = 15 mel, logarithmic above.
+    """
+    linear = 200 / 3  # Hz a mel below 1 kHz
+    growth = math.log(6.4) / 27  # of the logarithm, a mel above
+
+    def to_mel(hertz: float) -> float:
+        return 15 + math.log(hertz / 1000) / growth if hertz > 1000 else hertz / linear
+
+    mel = np.linspace(to_mel(fmin), to_mel(fmax), n_mels + 2)
+    corners = np.where(mel > 15, 1000 * np.exp(growth * (mel - 15)), linear * mel)[:, None]  # Hz
+    bins = np.arange(n_fft // 2 + 1) * sample_rate / n_fft  # Hz
+    widths = np.diff(corners, axis=0)
+    rise = (bins - corners[:-2]) / widths[:-1]
+    fall = (corners[2:] - bins) / widths[1:]
+    triangles = np.minimum(rise, fall).clip(0)  # (n_mels, bins)
+    return (triangles * 2 / (corners[2:] - corners[:-2])).astype(np.float32)
+
+
+@functools.cache
+def hann(size: int) -> np.ndarray:
     """Periodic Hann window, float32 (size,)."""
     return np.hanning(size + 1)[:-1].astype(np.float32)
 
 
-def stft(samples, n_fft, hop_length):
-    """Short-time Fourier transform as librosa.stft: periodic Hann window, frames centred by zero padding.
+def stft_blocks(samples: np.ndarray, n_fft: int, hop_length: int) -> Iterator[np.ndarray]:
+    """Short-time Fourier transform as librosa.stft: Hann window, frames centred by zero padding.
 
-    Returns complex64 (1 + samples // hop_length, n_fft // 2 + 1), a frame to a row.
+    Yields complex64 (frames, n_fft // 2 + 1), all 1 + samples // hop_length frames in a few
+    blocks: those of an hour at once would fill the memory.
     """
-    window = n_fft * hann(n_fft)  # undoes the norm below, in which numpy stays in float32: six times as quick
+    # norm="forward" keeps numpy in float32, six times as fast; the window undoes that norm.
+    window = n_fft * hann(n_fft)
     padded = np.pad(samples, n_fft // 2)
     frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop_length]
-    blocks = range(0, len(frames), 1024)  # an hour's windowed frames at once would fill the memory
-    return np.concatenate([np.fft.rfft(frames[at : at + 1024] * window, norm="forward") for at in blocks])
+    size = max(1, 2**21 // n_fft)
+    for start in range(0, len(frames), size):
+        yield np.fft.rfft(frames[start : start + size] * window, norm="forward")
 
 
-def log_mel(samples, sample_rate, n_fft, hop_length, n_mels, fmin, fmax):
+def log_mel(
+    samples: np.ndarray,
+    sample_rate: int,
+    n_fft: int,
+    hop_length: int,
+    n_mels: int,
+    fmin: float,
+    fmax: float,
+) -> np.ndarray:
     """Log-mel spectrogram in dB at absolute level, float32 (mel bands, frames).
 
     Equals librosa.power_to_db(librosa.feature.melspectrogram(...), ref=1.0, amin=1e-10,
     top_db=None): nothing is scaled to the clip's own maximum, so loudness survives.
     """
-    spectrum = stft(samples, n_fft, hop_length)
-    power = spectrum.real**2 + spectrum.imag**2
     filters = mel_filters(sample_rate, n_fft, n_mels, fmin, fmax)
-    mel = np.vstack([weights @ power[:, bins].T for bins, weights in filters])
-    return 10.0 * np.log10(np.maximum(mel, 1e-10))
-
-
-def emotion_of(stem):
-    """The emotion's code in the third field of a CREMA-D name, or None."""
-    fields = stem.upper().split("_")
-    return fields[2] if len(fields) > 2 and fields[2] in EMOTIONS else None
-
-
-def in_shard(path, shard):
-    """Whether a file is this shard's to do, by the SHA-1 of its stem; shard: (I, N), or None for every file."""
-    return not shard or int(hashlib.sha1(os.fsencode(Path(path).stem)).hexdigest(), 16) % shard[1] == shard[0]
-
-
-def find_clips(input_dir, skipped):
-    """Sound files below input_dir, as {stem: relative path}; the others' reasons go into `skipped`."""
-    clips = {}
-    longest = max(len(f"_{name}.npy.{2**31}.tmp") for name in VARIANTS)
-    paths = (p for p in input_dir.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and not p.is_dir())
-    for path in sorted(p.relative_to(input_dir).as_posix() for p in paths):
-        stem = Path(path).stem
-        if emotion_of(stem) is None:
-            skipped[path] = f"no emotion in the name: its third field is none of {' '.join(EMOTIONS)}"
-        elif stem in clips:
-            skipped[path] = f"same stem as another file: {clips[stem]}"
-        elif len(os.fsencode(stem)) + longest > NAME_MAX:
-            skipped[path] = f"name too long: at most {NAME_MAX - longest} bytes before the suffix"
-        else:
-            clips[stem] = path
-    return clips
+    blocks = []
+    for spectrum in stft_blocks(samples, n_fft, hop_length):
+        power = spectrum.real**2 + spectrum.imag**2  # (frames, bins)
+        blocks.append(filters @ power.T)
+    return 10.0 * np.log10(np.maximum(np.hstack(blocks), 1e-10))
 
 
 # --------------------------------------------------------------------------------------
-# Computing
+# Augmentation
 
 
-def random_generator(*key):
+def random_generator(*key: str | int) -> np.random.Generator:
     """A generator of random numbers that depends on the key alone, not on order or process."""
     text = "\0".join(str(part) for part in key)
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(os.fsencode(text)).digest()[:16], "little"))
+    digest = hashlib.sha256(os.fsencode(text)).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
-def choose_variants(seed, stem, n_augmentations):
-    """The clip's variants: the original, and n of the augmentations (n of them hold those of n - 1)."""
+def choose_variants(seed: int, stem: str, n_augmentations: int) -> list[str]:
+    """The clip's variants: the original, and n of the augmentations (n hold those of n - 1)."""
     order = random_generator(seed, stem).permutation(list(VARIANTS))
     return ["original", *order[:n_augmentations].tolist()]
 
 
-def shift(samples, fraction):
+def shift(samples: np.ndarray, fraction: float) -> np.ndarray:
     """Moves a clip by a fraction of its length, later if positive; silence fills the gap."""
     n = int(len(samples) * fraction)
     return np.pad(samples, abs(n))[abs(n) - n :][: len(samples)]
 
 
-def istft(spectrum, length):
+def istft(spectrum: np.ndarray, length: int) -> np.ndarray:
     """Samples (length,) of a spectrum (frames, bins) at the vocoder's sizes, as librosa.istft."""
     overlap = VOCODER_FFT // VOCODER_HOP
     window = hann(VOCODER_FFT).reshape(overlap, VOCODER_HOP)
     frames = np.fft.irfft(spectrum).reshape(-1, overlap, VOCODER_HOP) * window
-    samples, weight = np.zeros((2, len(frames) + overlap - 1, VOCODER_HOP), np.float32)
+    n_hops = len(frames) + overlap - 1
+    samples = np.zeros((n_hops, VOCODER_HOP), np.float32)
+    weight = np.zeros((n_hops, VOCODER_HOP), np.float32)
     for i in range(overlap):
         samples[i : i + len(frames)] += frames[:, i]
         weight[i : i + len(frames)] += window[i] ** 2
     samples /= np.maximum(weight, np.finfo(np.float32).tiny)
-    samples = samples.ravel()[VOCODER_FFT // 2 :][:length]
-    return np.pad(samples, (0, length - len(samples)))
+    centred = samples.ravel()[VOCODER_FFT // 2 :][:length]
+    return np.pad(centred, (0, length - len(centred)))
 
 
-def stretch(samples, rate):
-    """Changes tempo, not pitch: the phase vocoder of librosa.effects.time_stretch, without its angles.
+def stretch(samples: np.ndarray, rate: float) -> np.ndarray:
+    """Changes tempo, not pitch: librosa.effects.time_stretch's phase vocoder, without its angles.
 
     Source: Flanagan and Golden, "Phase Vocoder", Bell System Technical Journal 45(9), 1966.
     Accumulating wrapped phase differences equals multiplying the unit phasors' ratios
     U[t + 1] conj(U[t]), because the expected phase advance cancels modulo 2 pi.
     """
-    spectrum = np.pad(stft(samples, VOCODER_FFT, VOCODER_HOP), ((0, 2), (0, 0)))
+    spectrum = np.concatenate(list(stft_blocks(samples, VOCODER_FFT, VOCODER_HOP)))
+    spectrum = np.pad(spectrum, ((0, 2), (0, 0)))  # (frames + 2, bins)
     magnitude = np.abs(spectrum)
     unit = np.divide(spectrum, magnitude, out=np.ones_like(spectrum), where=magnitude > 0)
     steps = np.arange(0, len(spectrum) - 2, rate)
-    at, weight = steps.astype(int), (steps % 1.0).astype(np.float32)[:, None]
-    phasor = np.vstack([unit[:1], (unit[1:] * unit[:-1].conj())[at[:-1]]])
-    for before, now in itertools.pairwise(phasor):  # ten times as quick as cumprod(axis=0)
-        now *= before
-    phasor *= magnitude[at] + weight * np.diff(magnitude, axis=0)[at]
+    start = steps.astype(int)
+    fraction = (steps % 1.0).astype(np.float32)[:, None]
+    advance = unit[1:] * unit[:-1].conj()
+    phasor = np.vstack([unit[:1], advance[start[:-1]]])
+    for previous, current in itertools.pairwise(phasor):  # ten times as fast as cumprod(axis=0)
+        current *= previous
+    phasor *= magnitude[start] + fraction * np.diff(magnitude, axis=0)[start]
     return istft(phasor, round(len(samples) / rate))
 
 
-def resample(samples, ratio):
-    """Samples at `ratio` times the sampling rate (a Fraction), by windowed-sinc interpolation.
-
-    Source: Smith, "Digital Audio Resampling", ccrma.stanford.edu/~jos/resample. Of a rational
-    ratio, every `denominator` samples give `numerator` new ones in the same way: a matrix product.
-    """
-    up, down = ratio.numerator, ratio.denominator
-    cutoff = min(1.0, up / down)  # of the Nyquist frequency, so that nothing folds back
-    half = math.ceil(48 / cutoff)  # samples that the sinc reaches to each side
-    distance = np.arange(-half, down + half)[:, None] - np.arange(up) * down / up  # (reach, up)
-    # Zero past the sinc's reach, not 4e-33: sums of such products are denormal, which on Intel take nine times as long.
-    window = np.where(abs(distance) < half, np.cos(np.pi / 2 * distance / half) ** 2, 0)
-    kernel = (0.96 * cutoff * np.sinc(0.96 * cutoff * distance) * window).astype(np.float32)
-    padded = np.pad(samples, (half, half + down))
-    return (np.lib.stride_tricks.sliding_window_view(padded, len(kernel))[::down] @ kernel).ravel()
-
-
-def shift_pitch(samples, semitones):
-    """Changes pitch, not length: stretched, then resampled back, as librosa.effects.pitch_shift."""
+def shift_pitch(samples: np.ndarray, semitones: float) -> np.ndarray:
+    """Changes pitch, not length: stretched, then resampled, as librosa.effects.pitch_shift."""
     rate = 2.0 ** (-semitones / 12)
-    shifted = resample(stretch(samples, rate), Fraction(rate).limit_denominator(100))  # 2 semitones: 55 / 49
-    return np.pad(shifted, (0, max(0, len(samples) - len(shifted))))[: len(samples)]
+    shifted = soxr.resample(stretch(samples, rate), 1 / rate, 1.0)
+    missing = max(0, len(samples) - len(shifted))
+    return np.pad(shifted, (0, missing))[: len(samples)]
 
 
-def augment(samples, variant, seed, stem):
+def augment(samples: np.ndarray, variant: str, seed: int, stem: str) -> np.ndarray:
     """One variant of a clip, float32 (samples,); the noise depends on seed and stem alone."""
     if variant == "original":
         return samples
     kind, amount = VARIANTS[variant]
     if kind == "noise":
-        return samples + amount * random_generator(seed, stem, variant).standard_normal(len(samples), dtype=np.float32)
-    return {"shift": shift, "pitch": shift_pitch, "stretch": stretch}[kind](samples, amount)
+        random = random_generator(seed, stem, variant)
+        return samples + amount * random.standard_normal(len(samples), dtype=np.float32)
+    functions = {"shift": shift, "pitch": shift_pitch, "stretch": stretch}
+    return functions[kind](samples, amount)
 
 
-def process_clip(task):
-    """Writes the missing variants of one clip; returns (relative path, why it was skipped or None)."""
-    path, stem, missing, input_dir, output_dir, mel, seed = task
-    try:
-        samples = load_audio(os.path.join(input_dir, path), mel["sample_rate"], mel["hop_length"])
-        for variant in missing:
-            varied = augment(samples, variant, seed, stem)
-            spectrogram = io.BytesIO()
-            np.save(spectrogram, log_mel(varied, **mel))
-            write_whole(os.path.join(output_dir, emotion_of(stem), f"{stem}_{variant}.npy"), spectrogram.getvalue())
-    except (ValueError, MemoryError) as error:
-        return path, str(error) or "too long for this machine's memory"
-    return path, None
+# --------------------------------------------------------------------------------------
+# Files
 
 
-def follow_parent():
-    """In a worker process: ends it when the main process is killed, which a pool never notices by itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not inherited
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+def count(n: int, noun: str) -> str:
+    """A number and its noun: "1 file", "1,200 files"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+class SteadyStream:
+    """Standard output or error, of which a closed pipe ends the printing and not the run.
+
+    Control characters, which file names may hold, are escaped.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        """Writes what can be shown."""
+        shown = "".join(c if c.isprintable() or c in "\n\r\t" else repr(c)[1:-1] for c in text)
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+
+    def flush(self) -> None:
+        """Flushes; a pipe that is closed becomes the null device, or Python would fail at exit."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (AttributeError, OSError, ValueError):
+            pass
 
 
 @contextlib.contextmanager
-def deaf_to_ctrl_c():
-    """Worker processes that start in it never hear of Ctrl-C, which is for the main process and not lost there."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def steady_streams() -> Iterator[None]:
+    """Standard output and error as SteadyStreams; without an error stream, both are the output."""
+    output = SteadyStream(sys.stdout)
+    error = SteadyStream(sys.stderr or sys.stdout)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+        try:
+            yield
+        finally:
+            output.flush()
+            error.flush()
+
+
+def escape_formula(value: Any, column: str) -> Any:
+    """A cell that a spreadsheet would run as a formula, made harmless; numbers stay.
+
+    A path gets ./ before it, other text an apostrophe. Source: OWASP, "CSV Injection".
+    """
+    if not isinstance(value, str) or not re.match(r"'*[=+\-@\t\r]", value):
+        return value
     try:
-        yield
+        float(value)
+    except ValueError:
+        return f"./{value}" if column == "file" else f"'{value}"
+    return value
+
+
+def csv_lines(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
+    """Rows as lines of CSV in UTF-8; names that are no UTF-8 keep their bytes."""
+    text = io.StringIO(newline="")
+    for row in rows:
+        cells = [escape_formula(row.get(column, ""), column) for column in columns]
+        # Python before 3.13 does not see by itself that a carriage return needs quotes.
+        quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
+        csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a table as CSV, atomically."""
+    header = dict(zip(columns, columns, strict=True))
+    with atomic_write(path) as file:
+        file.write(csv_lines(columns, [header, *rows]))
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file that takes the name `path` once it is written: whole, or not there.
+
+    Until then its name cannot be guessed, so that nobody can plant a link there.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:  # a full disk's own names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def process_all(tasks, workers):
-    """Runs process_clip over the tasks in worker processes; returns {path: why it was skipped}."""
-    if not tasks:
-        return {}
-    context = multiprocessing.get_context("spawn")  # started anew, so that the environment above counts
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, follow_parent)
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files that killed runs left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_lock(
+    folder: Path, exclusive: bool = True
+) -> Iterator[tuple[bool, Callable[[], object]]]:
+    """Holds a folder until the block or the process ends.
+
+    If `exclusive`, raises UserError where another process holds it; else waits until those that
+    hold it share it. Yields whether this process has it alone, and a function that shares it.
+    Source: flock(2). Windows lacks it: nothing is checked there.
+    """
     try:
-        with deaf_to_ctrl_c():
-            results = pool.map(process_clip, tasks, chunksize=min(16, -(-len(tasks) // workers)))
-        bar = tqdm(results, total=len(tasks), unit="clip", desc="Spectrograms")
-        return {path: reason for path, reason in bar if reason}
-    except BrokenProcessPool:
-        sys.exit(
-            "A worker process was killed, most often for want of memory: run again with fewer --workers. "
-            "What was written stays, and is not done again."
+        import fcntl
+    except ImportError:
+        yield False, int
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    alone = False
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except BlockingIOError:
+            if exclusive:
+                raise UserError(
+                    f"{folder} is in use: another run is writing there. Wait for its end, or name "
+                    "another folder."
+                ) from None
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except OSError as error:  # a file system without locks
+            print(f"Note: {folder} cannot be locked ({error.strerror}): start one run at a time.")
+        yield alone, functools.partial(fcntl.flock, descriptor, fcntl.LOCK_SH) if alone else int
+    finally:
+        os.close(descriptor)
+
+
+def in_shard(path: str, shard: tuple[int, int] | None) -> bool:
+    """Whether a file is this shard's, by the SHA-1 of its stem; shard: (I, N), None for all."""
+    if shard is None:
+        return True
+    index, n_shards = shard
+    digest = hashlib.sha1(os.fsencode(PurePosixPath(path).stem)).hexdigest()
+    return int(digest, 16) % n_shards == index
+
+
+class Clip(NamedTuple):
+    """A sound file with a known emotion."""
+
+    path: str  # relative to --input_dir, "/" between
+    stem: str  # of its spectrograms' names
+    emotion: str  # a key of EMOTIONS
+
+
+def find_clips(input_dir: Path) -> tuple[list[Clip], dict[str, str]]:
+    """The sound files with a known emotion, and the paths of the others with the reason."""
+    if not input_dir.is_dir():
+        raise UserError(f"--input_dir {input_dir} is no folder: name the one with the sound files.")
+    paths, skipped, n_ignored = find_audio(input_dir)
+    if not paths and not skipped:
+        suffixes = " ".join(SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES)
+        raise UserError(
+            f"--input_dir {input_dir} holds no sound file ({suffixes}), nor does any folder below."
         )
+    if n_ignored:
+        print(f"{count(n_ignored, 'file')} named ._* passed over: macOS's notes, not sound.")
+    max_stem = MAX_NAME_BYTES - max(len(f"_{variant}.npy") for variant in VARIANTS)
+    clips: dict[str, Clip] = {}  # by stem
+    for path in paths:
+        stem = PurePosixPath(path).stem
+        fields = stem.upper().split("_")
+        if len(fields) < 3 or fields[2] not in EMOTIONS:
+            codes = " ".join(EMOTIONS)
+            skipped[path] = f"no emotion in the name: its third field is none of {codes}"
+        elif stem in clips:
+            skipped[path] = f"same stem as another file: {clips[stem].path}"
+        elif len(os.fsencode(stem)) > max_stem:
+            skipped[path] = f"name too long: at most {max_stem} bytes before the suffix"
+        else:
+            clips[stem] = Clip(path, stem, fields[2])
+    return list(clips.values()), skipped
+
+
+def mel_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The six mel settings: what log_mel takes besides the samples."""
+    names = ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")
+    return {name: getattr(args, name) for name in names}
+
+
+def make_config(args: argparse.Namespace) -> dict[str, Any]:
+    """mel_config.json: mel settings, augmentation, and what made them."""
+    packages = ("numpy", "soundfile", "soxr")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return mel_settings(args) | {
+        "seed": args.seed,
+        "n_augmentations": 0 if args.no_augment else args.n_augmentations,
+        "augmentation": {name: list(variant) for name, variant in VARIANTS.items()},
+        "versions": {"python": platform.python_version()} | versions,
+        "command": sys.argv,
+    }
+
+
+def check_or_write_config(output_dir: Path, config: dict[str, Any], overwrite: bool) -> None:
+    """Writes mel_config.json; raises UserError if the folder has spectrograms of other settings."""
+    path = output_dir / "mel_config.json"
+    if overwrite and path.exists():
+        remove_spectrograms(output_dir)
+    if not path.exists():
+        if spectrogram := next(output_dir.glob("[A-Z][A-Z][A-Z]/*.npy"), None):
+            raise UserError(
+                f"{output_dir} holds spectrograms ({spectrogram.name}) but no mel_config.json that "
+                "tells their settings: name another --output_dir, or delete them."
+            )
+        write_config(output_dir, config)
+        return
+    try:
+        if not path.is_file():
+            raise ValueError("not a regular file")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        compared = config.keys() - {"versions", "command"}
+        changed = [
+            f"{name} is {found[name]}, now {config[name]}"
+            for name in sorted(compared)
+            if found[name] != config[name]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): --overwrite starts anew.") from error
+    if changed:
+        raise UserError(
+            f"{output_dir} holds spectrograms with different settings ({'; '.join(changed)}): name "
+            "another --output_dir, or start this one anew with --overwrite."
+        )
+
+
+def write_config(output_dir: Path, config: dict[str, Any]) -> None:
+    """Writes mel_config.json."""
+    with atomic_write(output_dir / "mel_config.json") as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())
+
+
+def split_name(spectrogram: str) -> tuple[str, str]:
+    """Stem and variant of a spectrogram's name; ("", "") of a name that is none of ours."""
+    for variant in ("original", *VARIANTS):
+        if spectrogram.endswith(f"_{variant}.npy"):
+            return spectrogram.removesuffix(f"_{variant}.npy"), variant
+    return "", ""
+
+
+def remove_spectrograms(output_dir: Path) -> None:
+    """Deletes what earlier runs wrote, and nothing else; mel_config.json last."""
+    for code in EMOTIONS:
+        for path in output_dir.glob(f"{code}/*.npy"):
+            if any(split_name(path.name)):
+                path.unlink()
+    for path in [*output_dir.glob("skipped*.csv"), output_dir / "mel_config.json"]:
+        path.unlink(missing_ok=True)
+
+
+def list_spectrograms(output_dir: Path) -> dict[str, int]:
+    """The spectrograms in the folder: path below it, and date in ns."""
+    dates = {}
+    for code in EMOTIONS:
+        for entry in os.scandir(output_dir / code):
+            if any(split_name(entry.name)):
+                dates[f"{code}/{entry.name}"] = entry.stat().st_mtime_ns
+    return dates
+
+
+class Task(NamedTuple):
+    """A clip, which of its variants to make, and its file's date (ns), which they will bear."""
+
+    clip: Clip
+    variants: list[str]
+    date: int | None
+
+
+def find_tasks(clips: list[Clip], config: dict[str, Any], args: argparse.Namespace) -> list[Task]:
+    """The variants without a spectrogram, or with one of a file of another date, by clip."""
+    dates = list_spectrograms(args.output_dir)
+    tasks = []
+    for clip in clips:
+        date = None
+        with contextlib.suppress(OSError):  # reading it will tell
+            date = (args.input_dir / clip.path).stat().st_mtime_ns
+        variants = choose_variants(config["seed"], clip.stem, config["n_augmentations"])
+        names = {v: f"{clip.emotion}/{clip.stem}_{v}.npy" for v in variants}
+        missing = [v for v in variants if date is None or dates.get(names[v]) != date]
+        if missing:
+            tasks.append(Task(clip, missing, date))
+    return tasks
+
+
+def process_clip(task: Task, args: argparse.Namespace) -> str | None:
+    """Writes the spectrograms of a task; returns why the clip is skipped, or None."""
+    clip = task.clip
+    path = args.input_dir / clip.path
+    try:
+        samples, _ = load_audio(
+            path, args.sample_rate, args.hop_length, max_duration=args.max_duration
+        )
+        for variant in task.variants:
+            augmented = augment(samples, variant, args.seed, clip.stem)
+            output = args.output_dir / clip.emotion / f"{clip.stem}_{variant}.npy"
+            with atomic_write(output) as file:
+                np.save(file, log_mel(augmented, **mel_settings(args)))
+            if task.date is not None:
+                os.utime(output, ns=(task.date, task.date))
+    except AudioError as error:
+        return str(error)
+    except MemoryError:
+        return "too long for this machine's memory"
+    return None
+
+
+def exit_with_parent() -> None:
+    """In a worker process: ignores Ctrl-C, and ends when the main process is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not inherited
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def start_pool(n_workers: int) -> ProcessPoolExecutor:
+    """Worker processes that ignore Ctrl-C and have WORKER_ENVIRONMENT."""
+    environment = dict(os.environ)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(WORKER_ENVIRONMENT)
+    try:
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(n_workers, context, exit_with_parent)
+        for _ in range(n_workers):
+            pool.submit(int)
+    except OSError as error:
+        raise UserError(
+            f"Worker processes could not be started ({error.strerror}): look at 'ulimit -u' and "
+            "the space in /dev/shm, or run with fewer --workers."
+        ) from error
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        signal.signal(signal.SIGINT, handler)
+    return pool
+
+
+def run_in_workers(
+    tasks: list[Task], args: argparse.Namespace
+) -> Iterator[tuple[Task, str | None]]:
+    """Runs process_clip in worker processes; yields each task with the reason, as it is done."""
+    n_workers = min(args.workers, len(tasks))
+    queue = iter(tasks)
+    pending: dict[Any, Task] = {}
+    pool = start_pool(n_workers)
+    try:
+        while True:
+            for task in itertools.islice(queue, 4 * n_workers - len(pending)):
+                pending[pool.submit(process_clip, task, args)] = task
+            if not pending:
+                return
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                reason = future.result()
+                yield pending.pop(future), reason
+    except BrokenProcessPool:
+        names = ", ".join(task.clip.path for task in pending.values())
+        raise UserError(
+            "A worker process was killed, most often because memory ran out, at one of these: "
+            f"{names}. Run again with fewer --workers: what was written stays."
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-# --------------------------------------------------------------------------------------
-# Writing
-
-
-def write_whole(path, data):
-    """Writes bytes under a name that no other process has, then renames: path is whole or not there."""
-    temporary = f"{path}.{int.from_bytes(os.urandom(4), 'big')}.tmp"  # two containers' process numbers may be equal
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's own names no file
-
-
-def settle_config(output_dir, config, overwrite):
-    """Writes mel_config.json; ends the program if the folder holds spectrograms of other settings."""
-    path = output_dir / "mel_config.json"
-    present = (f for code in EMOTIONS for f in output_dir.glob(f"{code}/*.npy"))
-    if overwrite:
-        for file in [*present, path, output_dir / "skipped.csv"]:
-            file.unlink(missing_ok=True)
-    elif path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            other = [
-                f"{k} is {found.get(k)}, now {v}" for k, v in config.items() if k != "versions" and found.get(k) != v
-            ]
-        except (ValueError, AttributeError):
-            sys.exit(f"{path} cannot be read as JSON settings: --overwrite starts the folder anew.")
-        if other:
-            sys.exit(
-                f"{output_dir} holds spectrograms of other settings ({'; '.join(other)}): "
-                "name another --output_dir, or start this one anew with --overwrite."
-            )
-        return
-    elif file := next(present, None):
-        sys.exit(
-            f"{output_dir} holds spectrograms ({file.name}) but no mel_config.json to tell their settings: "
-            "name another --output_dir, or start this one anew with --overwrite."
+def make_spectrograms(tasks: list[Task], args: argparse.Namespace) -> dict[str, str]:
+    """Runs the tasks under a bar; returns the paths of clips that are skipped, and why."""
+    if not tasks:
+        return {}
+    skipped = {}
+    for task, reason in tqdm(run_in_workers(tasks, args), "Spectrograms", len(tasks), unit="clip"):
+        if reason:
+            skipped[task.clip.path] = reason
+    if not args.input_dir.is_dir():
+        raise UserError(
+            f"--input_dir {args.input_dir} went away during the run: bring it back and run again."
         )
-    write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
+    return skipped
 
 
-def write_skipped(path, skipped, clips):
-    """Brings skipped.csv up to date: this run's rows, and earlier rows of files that it did not see."""
-    if path.exists():
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = (line.replace("\0", "") for line in file)  # a power cut's, which Python 3.10 refuses
-            earlier = dict(row for row in csv.reader(lines) if len(row) == 2 and row != ["file", "reason"])
-        seen = set(clips.values())
-        skipped = {name: reason for name, reason in earlier.items() if name not in seen} | skipped
-    text = io.StringIO(newline="")
-    for row in [("file", "reason"), *sorted(skipped.items())]:
-        quoting = csv.QUOTE_ALL if "\r" in row[0] else csv.QUOTE_MINIMAL  # Python before 3.13 does not see that itself
-        csv.writer(text, lineterminator="\n", quoting=quoting).writerow(row)
-    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+def write_skipped(args: argparse.Namespace, skipped: dict[str, str]) -> Path:
+    """Writes skipped.csv, of a shard under a name of its own; returns its path."""
+    shard = "{}-of-{}.".format(*args.shard) if args.shard else ""
+    log = args.output_dir / f"skipped.{shard}csv"
+    rows = [{"file": path, "reason": reason} for path, reason in sorted(skipped.items())]
+    write_csv(log, ("file", "reason"), rows)
+    if not args.shard:
+        for path in args.output_dir.glob("skipped.*-of-*.csv"):
+            path.unlink()
+    return log
 
 
-def run_record(seconds, packages, **details):
-    """run.json, as text: what it takes to repeat the run."""
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-    run = {"command": sys.argv} | details | {"platform": platform.platform(), "versions": versions}
-    return json.dumps(run | {"seconds": round(seconds, 1)}, indent=2, default=str) + "\n"
-
-
-def remove_leftovers(output_dir, started):
-    """Deletes temporary files of killed runs: those of ours that were last touched before this run began."""
-    ours = re.compile(r".+\.(npy|json|csv)\.\d+\.tmp")
-    for file in (file for folder in ("", *EMOTIONS) for file in (output_dir / folder).glob("*.tmp")):
-        with contextlib.suppress(FileNotFoundError):  # another run at work here may be just renaming it
-            if ours.fullmatch(file.name) and file.stat().st_mtime < started:
-                file.unlink()
-
-
-def note_partial_corpus(clips):
+def print_corpus_note(clips: list[Clip]) -> None:
     """Says so if the clips are named as CREMA-D's but are not all of it."""
-    actors = {stem.split("_")[0] for stem in clips}
-    named_so = any(re.fullmatch(r"10\d\d", actor) for actor in actors)
-    if named_so and (len(clips), len(actors)) != (CORPUS_CLIPS, CORPUS_ACTORS):
+    actors = {clip.stem.split("_")[0] for clip in clips}
+    is_whole = (len(clips), len(actors)) == (CORPUS_CLIPS, CORPUS_ACTORS)
+    if not is_whole and any(re.fullmatch(r"10\d\d", actor) for actor in actors):
         print(
-            f"Note: if this is CREMA-D, it is not all of it: "
-            f"{len(clips):,} clips of {CORPUS_CLIPS:,}, {len(actors)} actors of {CORPUS_ACTORS}."
+            f"Note: if this is CREMA-D, it is not all of it: {len(clips):,} clips of "
+            f"{CORPUS_CLIPS:,}, {count(len(actors), 'actor')} of {CORPUS_ACTORS}."
         )
 
 
-def print_counts(output_dir, clips, skipped, log, seconds):
-    """Spectrograms in the folder by emotion and variant, what was skipped, where things are."""
-    counts = Counter(
-        (f.parent.name, v)
-        for c in EMOTIONS
-        for f in output_dir.glob(f"{c}/*.npy")
-        for v in ["original", *VARIANTS]
-        if f.stem.endswith(f"_{v}")
-    )
-    variants = [v for v in ["original", *VARIANTS] if any(counts[c, v] for c in EMOTIONS)]
-    rows = [[v, *(counts[c, v] for c in EMOTIONS), sum(counts[c, v] for c in EMOTIONS)] for v in variants]
-    rows.append(["all", *(sum(counts[c, v] for v in variants) for c in EMOTIONS), counts.total()])
-    print(tabulate(rows, headers=["spectrograms", *EMOTIONS, "all"]))
-    if skipped:
-        kinds = Counter(reason.split(":")[0] for reason in skipped.values())
-        words = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-        print(f"Skipped {len(skipped)} files ({words}): see {log}")
-    print(f"{len(clips):,} clips in {seconds:.1f} s. Spectrograms: {output_dir}")
+def print_table(spectrograms: Iterable[str]) -> None:
+    """How many spectrograms there are, by variant and emotion."""
+    pairs = [(split_name(path)[1], path.split("/")[0]) for path in spectrograms]
+    counts = Counter(pairs + [(variant, "all") for variant, _ in pairs])
+    counts.update([("all", code) for _, code in pairs] + [("all", "all")] * len(pairs))
+    columns = [*EMOTIONS, "all"]
+    variants = [v for v in ("original", *VARIANTS, "all") if counts[v, "all"]]
+    rows = [[variant, *(counts[variant, column] for column in columns)] for variant in variants]
+    print(tabulate(rows, headers=["spectrograms", *columns]))
+
+
+def print_unknown(spectrograms: Iterable[str], clips: list[Clip]) -> None:
+    """Names the clips that have spectrograms but no sound file (any more)."""
+    stems = {split_name(path)[0].split("/")[1] for path in spectrograms}
+    if unknown := sorted(stems - {clip.stem for clip in clips}):
+        names = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
+        print(
+            f"Note: {count(len(unknown), 'clip')} with spectrograms here but no file in "
+            f"--input_dir (any more): {names}. They will train on; --overwrite starts anew."
+        )
 
 
 # --------------------------------------------------------------------------------------
 # Main
 
 
-def parse_shard(text):
+def parse_shard(text: str) -> tuple[int, int]:
     """I/N of --shard, as a pair."""
-    i, _, n = text.partition("/")
-    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
-        raise argparse.ArgumentTypeError(f"{text}: take I/N, I from 0 to N - 1")
-    return int(i), int(n)
+    index, _, n_shards = text.partition("/")
+    if not (index.isdigit() and n_shards.isdigit() and int(index) < int(n_shards)):
+        raise argparse.ArgumentTypeError(f"{text}: must be I/N, I from 0 to N - 1")
+    return int(index), int(n_shards)
 
 
-def usable_cores():
-    """Cores that this process may use, of a cluster's machine its share; at most 61 on Windows, its limit."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores() -> int:
+    """Cores that this process may use; at most 61 on Windows, its limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
     return min(cores, 61) if os.name == "nt" else cores
 
 
-def parse_args():
-    """The command line, checked; a wrong one ends the program with exit status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, cores = parser.add_argument, usable_cores()
-    add("--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through")
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; exits with status 2 if it is wrong."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--input_dir", type=Path, required=True, help="folder of sound files, searched through")
     add("--output_dir", type=Path, required=True, help="folder for the spectrograms")
     add("--no_augment", action="store_true", help="originals alone")
-    add("--n_augmentations", type=int, default=3, help="augmented copies of each clip, 0 to 8 (default 3)")
-    add("--seed", type=int, default=42, help="chooses variants and noise, with the file's name (default 42)")
-    add("--workers", type=int, default=cores, help="processes (default: all cores)")
-    add("--overwrite", action="store_true", help="delete the spectrograms that are there and start anew")
-    add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0; then once without --shard")
+    add("--n_augmentations", type=int, default=3, help="augmented copies of each clip, 0 to 8 (3)")
+    add("--seed", type=int, default=42, help="chooses variants and noise, with the name (42)")
+    add("--max_duration", type=float, default=60.0, help="seconds; longer files are skipped (60)")
+    add("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
+    add("--overwrite", action="store_true", help="delete the spectrograms that are there first")
+    add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0")
     add("--strict", action="store_true", help="exit status 1 if any file was skipped")
-    add("--sample_rate", type=int, default=16000, help="Hz (default 16000)")
-    add("--n_fft", type=int, default=2048, help="samples (default 2048)")
-    add("--hop_length", type=int, default=512, help="samples (default 512)")
-    add("--n_mels", type=int, default=128, help="mel bands (default 128)")
-    add("--fmin", type=float, default=0.0, help="Hz, lower edge of the lowest band (default 0)")
-    add("--fmax", type=float, default=8000.0, help="Hz, upper edge of the highest band (default 8000)")
-    args = parser.parse_args()
+    add("--sample_rate", type=int, default=16000, help="Hz (16000)")
+    add("--n_fft", type=int, default=2048, help="samples (2048)")
+    add("--hop_length", type=int, default=512, help="samples (512)")
+    add("--n_mels", type=int, default=128, help="mel bands (128)")
+    add("--fmin", type=float, default=0.0, help="Hz, lower edge of the lowest band (0)")
+    add("--fmax", type=float, default=8000.0, help="Hz, upper edge of the highest band (8000)")
+    args = parser.parse_args(argv)
+    if wrong := wrong_mel_settings(mel_settings(args)):
+        parser.error(f"--{wrong}")
+    if not 0 <= args.n_augmentations <= len(VARIANTS):
+        parser.error(f"--n_augmentations is {args.n_augmentations}: must be 0 to {len(VARIANTS)}")
+    if args.workers < 1:
+        parser.error(f"--workers is {args.workers}: must be at least 1")
+    if not args.max_duration > 0:
+        parser.error(f"--max_duration is {args.max_duration}: must be above 0 seconds")
     if args.shard and args.overwrite:
-        parser.error("--overwrite starts the folder anew for all shards: run it once, with --shard left out")
-    if wrong := wrong_values(args):
-        parser.error("; ".join(wrong))
+        parser.error("--overwrite starts the folder anew for all shards: run it without --shard")
     return args
 
 
-def wrong_values(args):
-    """A sentence for each option whose value makes no sense."""
-    half = args.sample_rate / 2
-    checks = [
-        ("n_augmentations", 0 <= args.n_augmentations <= len(VARIANTS), f"0 to {len(VARIANTS)}"),
-        ("workers", args.workers >= 1, "at least 1"),
-        ("sample_rate", args.sample_rate >= 1000, "at least 1000 Hz"),
-        ("n_fft", args.n_fft >= 16, "at least 16 samples"),
-        ("hop_length", 1 <= args.hop_length <= args.n_fft, f"1 to --n_fft, {args.n_fft}"),
-        ("n_mels", 1 <= args.n_mels <= args.n_fft // 2, f"1 to half of --n_fft, {args.n_fft // 2}"),
-        ("fmin", 0 <= args.fmin < args.fmax, f"0 to less than --fmax, {args.fmax:g} Hz"),
-        ("fmax", args.fmax <= half, f"at most half of --sample_rate, {half:g} Hz"),
-    ]
-    return [f"--{name} is {getattr(args, name)}: take {words}" for name, good, words in checks if not good]
-
-
-def settings_of(args):
-    """The mel settings, and mel_config.json: those, the augmentation and the versions that made them."""
-    mel = {name: getattr(args, name) for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")}
-    versions = {m.__name__: m.__version__ for m in (np, librosa, soundfile)}
-    return mel, mel | {
-        "seed": args.seed,
-        "n_augmentations": 0 if args.no_augment else args.n_augmentations,
-        "augmentation": {name: list(kind) for name, kind in VARIANTS.items()},
-        "versions": {"python": platform.python_version()} | versions,
-    }
-
-
-def find_tasks(args, clips, mel, n_augmentations):
-    """What process_clip takes, for each clip of which a variant is missing in --output_dir."""
-    present = {f.name for code in EMOTIONS for f in os.scandir(args.output_dir / code)}
-    tasks = []
-    for stem, path in clips.items():
-        missing = [v for v in choose_variants(args.seed, stem, n_augmentations) if f"{stem}_{v}.npy" not in present]
-        if missing:
-            tasks.append((path, stem, missing, str(args.input_dir), str(args.output_dir), mel, args.seed))
-    return tasks
-
-
-def find_input(args):
-    """This shard's clips, as {stem: relative path}, and its files that are none, as {relative path: why}."""
-    if not args.input_dir.is_dir():
-        sys.exit(f"--input_dir {args.input_dir} is no folder: name the one that holds the .wav or .flac files.")
-    skipped = {}
-    clips = find_clips(args.input_dir, skipped)
-    if not clips and not skipped:
-        sys.exit(f"--input_dir {args.input_dir} holds no .wav or .flac file, nor does any folder below it.")
-    note_partial_corpus(clips)
-    clips = {stem: path for stem, path in clips.items() if in_shard(path, args.shard)}
-    return clips, {path: reason for path, reason in skipped.items() if in_shard(path, args.shard)}
-
-
-def main():
-    """Lists the clips, makes what is missing, says what came of it; returns the exit status."""
-    args, started = parse_args(), time.time()
-    with contextlib.suppress(AttributeError):  # IDLE and notebooks have outputs of their own
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
-    mel, config = settings_of(args)
-    clips, skipped = find_input(args)
+def generate_folder(args: argparse.Namespace) -> int:
+    """Lists the clips, makes the spectrograms that are missing, says what came of it."""
+    started = time.perf_counter()
+    config = make_config(args)
+    clips, skipped = find_clips(args.input_dir)
+    print_corpus_note(clips)
+    all_clips = clips
+    clips = [clip for clip in clips if in_shard(clip.path, args.shard)]
+    skipped = {path: reason for path, reason in skipped.items() if in_shard(path, args.shard)}
     for code in EMOTIONS:
         (args.output_dir / code).mkdir(parents=True, exist_ok=True)
-    settle_config(args.output_dir, config, args.overwrite)
-    skipped |= process_all(find_tasks(args, clips, mel, config["n_augmentations"]), args.workers)
-    if not args.input_dir.is_dir():
-        sys.exit(f"--input_dir {args.input_dir} went away during the run: bring it back, run the same command again.")
-    log = args.output_dir / ("skipped.{}-of-{}.csv".format(*args.shard) if args.shard else "skipped.csv")
-    write_skipped(log, skipped, clips)
-    for file in args.output_dir.glob("skipped.*-of-*.csv") if not args.shard else []:
-        file.unlink()  # the shards' are in skipped.csv now
-    remove_leftovers(args.output_dir, started)
-    record = run_record(time.time() - started, "librosa numpy soundfile tabulate tqdm".split(), arguments=vars(args))
-    write_whole(log.with_name(log.name.replace("skipped", "run")).with_suffix(".json"), record.encode())
-    print_counts(args.output_dir, clips, skipped, log, time.time() - started)
-    if skipped and skipped.keys() >= set(clips.values()):
-        sys.exit(f"No file could be used: {log} says why.")
+    with folder_lock(args.output_dir, exclusive=args.overwrite) as (alone, share):
+        if alone:
+            for folder in (".", *EMOTIONS):
+                remove_leftovers(args.output_dir / folder)
+        check_or_write_config(args.output_dir, config, args.overwrite)
+        share()
+        skipped |= make_spectrograms(find_tasks(clips, config, args), args)
+        log = write_skipped(args, skipped)
+        spectrograms = list_spectrograms(args.output_dir)
+        if not args.shard:
+            n_originals = sum(path.endswith("_original.npy") for path in spectrograms)
+            write_config(args.output_dir, config | {"n_originals": n_originals})
+    print_table(spectrograms)
+    print_unknown(spectrograms, all_clips)
+    if skipped:
+        kinds = Counter(reason.split(":")[0] for reason in skipped.values())
+        reasons = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+        print(f"Skipped {count(len(skipped), 'file')} ({reasons}): see {log}")
+    seconds = time.perf_counter() - started
+    print(f"{count(len(clips), 'clip')} in {seconds:.1f} s. Spectrograms: {args.output_dir}")
+    if skipped and skipped.keys() >= {clip.path for clip in clips}:
+        raise UserError(f"No file could be used: {log} says why.")
     return 1 if args.strict and skipped else 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line, and tells errors as sentences; returns the exit status."""
+    with steady_streams():
+        args = parse_args(argv)
+        try:
+            return generate_folder(args)
+        except UserError as error:
+            message, status = str(error), 1
+        except OSError as error:
+            what = f"{error.filename or 'A file'}: {error.strerror}"
+            message, status = f"{what}. What was written stays: fix this and run again.", 1
+        except KeyboardInterrupt:
+            message = "\nStopped. What was written stays: the same command goes on from there."
+            status = 130
+        print(message, file=sys.stderr)
+        return status
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except OSError as error:
-        sys.exit(
-            f"{error.filename or 'A file'}: {error.strerror}. What was written before stays: "
-            "mend this and run the same command again."
-        )
+    sys.exit(main())
