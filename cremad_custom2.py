@@ -20,52 +20,37 @@ Exit status: 0 finished, 1 had to stop, 2 wrong arguments, 130 Ctrl-C.
 
 import argparse
 import contextlib
+import csv
 import datetime
-import errno
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
-import multiprocessing
 import os
 import platform
-import signal
+import re
+import secrets
 import sys
 import tempfile
 import textwrap
 import time
+import unicodedata
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO, TextIO
 
-
-def stop(message, *_):
-    """Ctrl-C: a sentence, and out at once. Every file that has its final name is whole, so nothing needs undoing."""
-    for process in multiprocessing.active_children():
-        process.kill()
-    os.write(2, message)
-    os._exit(130)  # no exception, which could break into a library's own code and end in its traceback
-
-
-if __name__ == "__main__":
-    message = b"\nStopped. The epochs that ended are in OUTPUT_DIR: set RESUME = True and run again.\n"
-    signal.signal(signal.SIGINT, functools.partial(stop, message))  # before the imports that take seconds
-
-# oneDNN keeps memory for every shape that it has met, 1,024 by default: gigabytes, and no faster.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
-
-pd.set_option("mode.string_storage", "python")  # pyarrow, where it is installed, refuses names that are no UTF-8
 
 # --------------------------------------------------------------------------------------
 # Constants: the defaults are tuned for CREMA-D, on a laptop or one GPU
@@ -89,14 +74,14 @@ LEARNING_RATE = 2.5e-4  # under torchrun times the square root of the number of 
 WARMUP_EPOCHS = 1  # the learning rate rises linearly from 0; 0 = off
 WEIGHT_DECAY = 0.01
 LABEL_SMOOTHING = 0.1  # 0 = off
-TIME_MASK = 16  # frames hidden in each training clip, at most; 0 = off
-MEL_MASK = 16  # mel bands hidden, at most; 0 = off
-TIME_WARP = 0.2  # training clips are slowed or quickened, at most by this share; 0 = off
+TIME_MASK = 16  # frames masked in each training clip, at most; 0 = off
+MEL_MASK = 16  # mel bands masked, at most; 0 = off
+SPEED_PERTURB = 0.2  # training clips are slower or faster, at most by this share; 0 = off
 MEL_SHIFT = 4  # moved up or down, at most by this many mel bands; 0 = off
-TONE = 3.0  # dB, standard deviation of a random tone curve: other rooms and microphones; 0 = off
-GAIN = 3.0  # dB, standard deviation of a random gain; 0 = off
-NARROW_BAND = 0.1  # share of training clips that lose the lowest and highest bands, as on a telephone; 0 = off
-AVERAGING = 0.997  # decay a step of the averaged weights, which are what is validated and saved; 0 = off
+RANDOM_EQ_DB = 3.0  # standard deviation of a random tone curve: other rooms, microphones; 0 = off
+RANDOM_GAIN_DB = 3.0  # standard deviation of a random gain; 0 = off
+NARROW_BAND = 0.1  # share of training clips without outer bands, as on a telephone; 0 = off
+EMA_DECAY = 0.997  # a step, of the averaged weights that are validated and saved; 0 = off
 GRADIENT_CLIP = 1.0  # norm
 DECAY_AFTER = 9  # epochs; after each later one the learning rate is multiplied
 LR_DECAY = 0.65  # by this; 1 = off
@@ -107,316 +92,495 @@ PATIENCE = 8  # epochs without as good a validation accuracy before training sto
 SEED = 42
 RESUME = False  # True: go on from last_checkpoint.pth
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
-AMP = "auto"  # mixed precision where the processor gains by it; "off": float32
+AMP = "auto"  # mixed precision where it is faster; "off": float32
 
-SETTINGS = [name for name in list(globals()) if name.isupper() and name != "F"]  # all of the above
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets these: which of its processes this is,
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # of how many
-EMOTIONS = {"ANG": "Angry", "DIS": "Disgust", "FEA": "Fear", "HAP": "Happy", "NEU": "Neutral", "SAD": "Sad"}
+CONSTANTS = [name for name in list(globals()) if name.isupper() and name != "F"]  # those above
+MAY_CHANGE = {"MEL_DIR", "OUTPUT_DIR", "EPOCHS", "PATIENCE", "RESUME", "DEVICE"}  # to resume
+# fmt: off
+EMOTIONS = {"ANG": "Angry", "DIS": "Disgust", "FEA": "Fear",
+            "HAP": "Happy", "NEU": "Neutral", "SAD": "Sad"}
 VARIANT_NAMES = ("original", "time_shift_pos", "time_shift_neg", "pitch_up", "pitch_down",
-            "stretch_fast", "stretch_slow", "noise_low", "noise_medium")  # fmt: skip
+                 "stretch_fast", "stretch_slow", "noise_low", "noise_medium")
+# fmt: on
 MEL_SETTINGS = ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")
-SILENCE = -100.0  # dB, the least that mel_generator.py writes
-FORMAT_VERSION = 1
-FREE_TO_CHANGE = {"MEL_DIR", "OUTPUT_DIR", "EPOCHS", "PATIENCE", "RESUME", "DEVICE"}  # between a run and its resumption
+SILENCE_DB = -100.0  # the least that mel_generator.py writes
+FORMAT_VERSION = 2  # of best_model.pth
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's, for the colour-blind
+# torchrun tells a process its rank, of how many; left over from another job they mean nothing.
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
+
+
+class UserError(Exception):
+    """Something that the user can fix, in words for the user."""
 
 
 # --------------------------------------------------------------------------------------
-# Reading
+# Data
 
 
-def wholes(values, n):
-    """Whether values are n whole numbers, each at least 1."""
-    return len(values) == n and all(type(value) is int and value >= 1 for value in values)
-
-
-def check_constants():
-    """Ends the program with a sentence for each constant of the wrong type or range."""
-    number, several = (int, float), (tuple, list)
-    rules = [  # names, types, whether a value of such a type is good, in words
-        ("MEL_DIR OUTPUT_DIR SPLIT DEVICE", (str,), bool, "a text in quotes"),
-        ("AMP", (str,), lambda v: v in ("auto", "off"), '"auto" or "off"'),
-        ("WEIGHTED_SAMPLING RESUME", (bool,), lambda v: True, "True or False"),
-        ("MAX_WIDTH EPOCHS PATIENCE HIDDEN", (int,), lambda v: v >= 1, "a whole number, at least 1"),
-        ("HEADS", (int,), lambda v: v >= 1 and 2 * HIDDEN % v == 0, "a divisor of 2 * HIDDEN"),
-        ("WARMUP_EPOCHS DECAY_AFTER LR_PATIENCE", (int,), lambda v: v >= 0, "a whole number, at least 0"),
-        ("SEED", (int,), lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
-        ("TIME_MASK MEL_MASK MEL_SHIFT", (int,), lambda v: v >= 0, "a whole number, at least 0"),
-        ("BATCH_SIZE", (int,), lambda v: v >= 2, "a whole number, at least 2: batch norm cannot train on one clip"),
-        ("DROPOUT LABEL_SMOOTHING TIME_WARP NARROW_BAND", number, lambda v: 0 <= v <= 0.99, "a number from 0 to 0.99"),
-        ("AVERAGING", number, lambda v: 0 <= v <= 0.99999, "a number from 0 to 0.99999"),
-        ("WEIGHT_DECAY TONE GAIN", number, lambda v: 0 <= v <= 10, "a number from 0 to 10"),
-        ("LEARNING_RATE GRADIENT_CLIP", number, lambda v: v > 0, "a number over 0"),
-        ("LR_DECAY", number, lambda v: 0 < v <= 1, "a number over 0, at most 1"),
-        ("LR_FACTOR", number, lambda v: 0 < v < 1, "a number between 0 and 1"),
-        ("CHANNELS", several, lambda v: wholes(v, 4), "four whole numbers"),
-        ("STRIDES", several, lambda v: len(v) == 4 and all(wholes(pair, 2) for pair in v), "four pairs"),
+def check_numbers() -> None:
+    """Raises UserError for a constant that is no number of the right type and range."""
+    rules = [  # names, type, smallest and largest value
+        ("MAX_WIDTH EPOCHS PATIENCE HEADS", int, 1, 10**6),
+        ("WARMUP_EPOCHS DECAY_AFTER LR_PATIENCE TIME_MASK MEL_MASK MEL_SHIFT", int, 0, 10**6),
+        ("BATCH_SIZE HIDDEN", int, 2, 10**6),  # batch norm cannot train on one clip
+        ("SEED", int, 0, 2**32 - 1),
+        ("DROPOUT LABEL_SMOOTHING SPEED_PERTURB NARROW_BAND", float, 0, 0.99),
+        ("EMA_DECAY", float, 0, 0.99999),
+        ("WEIGHT_DECAY RANDOM_EQ_DB RANDOM_GAIN_DB", float, 0, 30),
+        ("LEARNING_RATE GRADIENT_CLIP", float, 1e-12, 1e30),
+        ("LR_DECAY", float, 0.001, 1),
+        ("LR_FACTOR", float, 0.001, 0.999),
     ]
-    for names, types, good, words in rules:
+    for names, kind, least, most in rules:
         for name in names.split():
-            value = globals()[name]
-            try:
-                legal = type(value) in types and good(value)
-            except TypeError:  # STRIDES of something other than pairs
-                legal = False
-            if not legal:
-                sys.exit(f"{name} = {value!r} at the top of cremad_custom2.py: take {words}.")
+            value = globals().get(name)
+            if type(value) not in (int, kind) or not least <= value <= most:
+                number = "a whole number" if kind is int else "a number"
+                raise_wrong_constant(name, f"{number} from {least} to {most}")
 
 
-def compute_on(device):
-    """Raises RuntimeError where a device cannot compute: a GPU too old for this PyTorch still gives memory."""
-    nn.LSTM(1, 1).to(device)(torch.zeros(1, 1, 1, device=device))[0].cpu()
+def check_constants() -> None:
+    """Raises UserError for a constant that is missing, or of the wrong type or range."""
+    check_numbers()
+    for name in ("MEL_DIR", "OUTPUT_DIR", "SPLIT", "DEVICE"):
+        if type(globals().get(name)) is not str or not globals()[name]:
+            raise_wrong_constant(name, "a text in quotes")
+    for name in ("WEIGHTED_SAMPLING", "RESUME"):
+        if type(globals().get(name)) is not bool:
+            raise_wrong_constant(name, "True or False")
+    if globals().get("AMP") not in ("auto", "off"):
+        raise_wrong_constant("AMP", '"auto" or "off"')
+    if 2 * HIDDEN % HEADS:
+        raise_wrong_constant("HEADS", f"a divisor of 2 * HIDDEN, {2 * HIDDEN}")
+    if not all_positive_ints(globals().get("CHANNELS"), 4):
+        raise_wrong_constant("CHANNELS", "four whole numbers, one for each block")
+    strides = globals().get("STRIDES")
+    is_list = isinstance(strides, tuple | list) and len(strides) == 4
+    if not is_list or not all(all_positive_ints(pair, 2) for pair in strides):
+        raise_wrong_constant("STRIDES", "four pairs of whole numbers, one for each block")
+    if Path(MEL_DIR).resolve() == Path(OUTPUT_DIR).resolve():
+        raise_wrong_constant("OUTPUT_DIR", "another folder than MEL_DIR")
 
 
-def pick_device():
-    """The device of DEVICE, and the number type of mixed precision (None: float32), by capability."""
-    name = DEVICE if DEVICE != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and PROCESSES > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-        compute_on(device)
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(f'DEVICE = {DEVICE!r} ({name}) cannot be used here ({str(error).splitlines()[0]}): take "cpu".')
-    if AMP == "off":
-        return device, None
-    if device.type == "cuda":
-        return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    able = torch.cpu.get_capabilities()
-    bfloat16 = (able.get("amx_bf16") or able.get("avx512_bf16")) and gains_by_bfloat16()
-    return device, torch.bfloat16 if bfloat16 else None
+def raise_wrong_constant(name: str, words: str) -> None:
+    """Raises UserError for a constant, or one that is missing, with what it must be."""
+    value = f"= {globals()[name]!r}" if name in globals() else "is missing"
+    raise UserError(f"{name} {value} at the top of cremad_custom2.py: must be {words}.")
 
 
-def gains_by_bfloat16():
-    """Whether this processor multiplies quicker in bfloat16, by trying: Intel's without AMX can, at half the speed."""
-    fastest = {}
-    for number_type in (torch.float32, torch.bfloat16) * 5:  # the least of five: what else runs here costs time too
-        x = torch.ones(512, 1024, dtype=number_type)
-        started = time.perf_counter()
-        F.linear(x, x)
-        fastest[number_type] = min(time.perf_counter() - started, fastest.get(number_type, math.inf))
-    return fastest[torch.bfloat16] < 0.8 * fastest[torch.float32]
+def all_positive_ints(values: Any, n: int) -> bool:
+    """Whether values are a tuple or list of n whole numbers, each at least 1."""
+    if not isinstance(values, tuple | list) or len(values) != n:
+        return False
+    return all(type(value) is int and value >= 1 for value in values)
 
 
-def join_processes(device):
-    """Under torchrun: brings its processes together, NCCL on GPUs, Gloo on CPUs; rank 0 alone speaks and writes."""
-    if PROCESSES > 1:
-        nccl = device.type == "cuda" and torch.distributed.is_nccl_available()  # Windows has none
-        torch.distributed.init_process_group(
-            "nccl" if nccl else "gloo",
-            timeout=datetime.timedelta(days=1),  # the others wait while rank 0 validates and reports
-            device_id=device if nccl else None,
+def wrong_mel_settings(settings: dict[str, Any]) -> str:
+    """What is wrong with mel settings, in words; "" if nothing is."""
+    whole = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
+    for name, (least, most) in whole.items():
+        if type(settings[name]) is not int or not least <= settings[name] <= most:
+            return f"{name} is {settings[name]!r}: must be a whole number, {least:,} to {most:,}"
+    n_fft = settings["n_fft"]
+    if settings["n_mels"] > n_fft // 2:
+        return f"n_mels is {settings['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
+    if type(settings["hop_length"]) is not int or not 1 <= settings["hop_length"] <= n_fft:
+        return f"hop_length is {settings['hop_length']!r}: must be 1 to n_fft, {n_fft}"
+    fmin, fmax, nyquist = settings["fmin"], settings["fmax"], settings["sample_rate"] / 2
+    if {type(fmin), type(fmax)} - {int, float} or not 0 <= fmin < fmax <= nyquist:
+        return (
+            f"fmin is {fmin!r}, fmax {fmax!r}: must be 0 <= fmin < fmax <= {nyquist:g} Hz, "
+            "half of sample_rate"
         )
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w", encoding="utf-8", errors="replace")
+    return ""
 
 
-def agreed(value):
-    """Rank 0's value, on every rank."""
-    box = [value]
-    if PROCESSES > 1:
-        torch.distributed.broadcast_object_list(box)
-    return box[0]
-
-
-def check_alike(run):
-    """Under torchrun: ends every process if one has other constants, spectrograms or epochs behind it than rank 0."""
-    own = {k: v for k, v in run.settings.items() if k not in ("MEL_DIR", "OUTPUT_DIR")} | {"epoch": len(run.history)}
-    unlike = torch.tensor(float(agreed(own) != own), device=run.device)
-    if PROCESSES > 1:
-        torch.distributed.all_reduce(unlike)
-    if unlike:
-        sys.exit(
-            "The processes differ in their constants, spectrograms or last_checkpoint.pth: give every machine the "
-            "same script and spectrograms, and an OUTPUT_DIR that all of them share."
-        )
-
-
-def read_mel_config(mel_dir):
-    """The mel settings that the spectrograms were made with, from mel_config.json."""
+def read_mel_config(mel_dir: Path) -> tuple[dict[str, Any], int | None]:
+    """mel_config.json: the six mel settings, and how many originals a finished run left."""
     path = mel_dir / "mel_config.json"
     if not mel_dir.is_dir():
-        sys.exit(f"MEL_DIR = {MEL_DIR!r} is no folder: run mel_generator.py first, or name its --output_dir.")
-    if not path.exists():
-        sys.exit(f"MEL_DIR = {MEL_DIR!r} holds no mel_config.json: name the --output_dir of mel_generator.py.")
+        raise UserError(
+            f"MEL_DIR = {MEL_DIR!r} is no folder: run mel_generator.py first, or name its "
+            "--output_dir."
+        )
+    if not path.is_file():
+        raise UserError(
+            f"MEL_DIR = {MEL_DIR!r} holds no mel_config.json: name mel_generator.py's --output_dir."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return {name: config[name] for name in MEL_SETTINGS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(
-            f"{path} does not tell the mel settings ({type(error).__name__}: {error}): "
-            "MEL_DIR takes the --output_dir of mel_generator.py."
+        settings = {name: config[name] for name in MEL_SETTINGS}
+        wrong = wrong_mel_settings(settings)
+        n_originals = config.get("n_originals")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong:
+        raise UserError(
+            f"{path} does not tell the mel settings ({wrong}): MEL_DIR must be the --output_dir of "
+            "mel_generator.py."
         )
+    return settings, n_originals
 
 
-def list_clips(mel_dir):
+def list_clips(mel_dir: Path) -> pd.DataFrame:
     """A row for each spectrogram: path, stem, variant, actor, emotion; sorted by path."""
     rows = []
     for path in (path for code in EMOTIONS for path in sorted(mel_dir.glob(f"{code}/*.npy"))):
         variant = next((v for v in VARIANT_NAMES if path.stem.endswith(f"_{v}")), None)
         if variant is None:
-            sys.exit(f"{path}: the name ends in no variant ({', '.join(VARIANT_NAMES)}): move it out of MEL_DIR.")
+            raise UserError(
+                f"{path}: the name ends in no variant ({', '.join(VARIANT_NAMES)}): move it out of "
+                "MEL_DIR."
+            )
         stem = path.stem.removesuffix(f"_{variant}")
-        rows.append((str(path), stem, variant, stem.split("_")[0], path.parent.name))
+        # macOS writes an accent as a letter of its own: one voice must not be two actors.
+        actor = unicodedata.normalize("NFC", stem.split("_")[0])
+        rows.append((path, stem, variant, actor, path.parent.name))
     if not rows:
-        sys.exit(f"MEL_DIR = {MEL_DIR!r} holds no EMO/*.npy: run mel_generator.py with --output_dir {MEL_DIR}")
+        raise UserError(
+            f"MEL_DIR = {MEL_DIR!r} holds no EMO/*.npy: run mel_generator.py with --output_dir "
+            f"{MEL_DIR}"
+        )
     return pd.DataFrame(rows, columns=["path", "stem", "variant", "actor", "emotion"])
 
 
-def split_evenly(groups, emotions, seed):
-    """Splits clips 70/15/15 so that a group (an actor) is on one side, as even over emotions as groups allow.
+def print_unfinished_note(clips: pd.DataFrame, n_originals: int | None) -> None:
+    """Says so if MEL_DIR is not what a finished run of mel_generator.py left."""
+    n_found = int((clips.variant == "original").sum())
+    if n_originals is None:
+        print(
+            f"Note: {MEL_DIR} has {count(n_found, 'original')}, and no run of mel_generator.py has "
+            "finished there: if one was interrupted, run it again."
+        )
+    elif n_found != n_originals:
+        print(
+            f"Note: {MEL_DIR} has {count(n_found, 'original')}, mel_generator.py left "
+            f"{n_originals:,}: run it again, or go on if that is as you want it."
+        )
 
-    Of 100 seeded orders of the groups, takes the one whose sides' emotion shares differ least
-    from the whole's. Returns a side for each clip.
+
+def split_evenly(groups: pd.Series, emotions: pd.Series, seed: int) -> np.ndarray:
+    """Splits clips 70/15/15, each group (an actor) in one part, as even over emotions as can be.
+
+    Of 100 seeded orders of the groups, takes the one whose parts' emotion shares differ least
+    from the whole's. Returns "train", "val" or "test" for each clip.
     """
     names, group = np.unique(groups, return_inverse=True)
-    n_side = max(1, round(0.15 * len(names)))
+    n_held_out = max(1, round(0.15 * len(names)))
     table = pd.crosstab(group, np.asarray(emotions)).to_numpy(float)  # (groups, emotions)
     whole = table.sum(0) / table.sum()
-    best, best_gap = None, math.inf
-    for order in (np.random.default_rng([seed, i]).permutation(len(names)) for i in range(100)):
-        side = np.full(len(names), "train", object)
-        side[order[:n_side]], side[order[n_side : 2 * n_side]] = "test", "val"
-        counts = np.array([table[side == s].sum(0) for s in ("train", "val", "test")])
+    best = None
+    best_gap = math.inf
+    for i in range(100):
+        order = np.random.default_rng([seed, i]).permutation(len(names))
+        part = np.full(len(names), "train", object)
+        part[order[:n_held_out]] = "test"
+        part[order[n_held_out : 2 * n_held_out]] = "val"
+        counts = np.array([table[part == name].sum(0) for name in ("train", "val", "test")])
         gap = np.abs(counts / counts.sum(1, keepdims=True) - whole).max()
         if gap < best_gap:
-            best, best_gap = side, gap
+            best = part
+            best_gap = gap
     return best[group]
 
 
-def split_from_csv(stems):
-    """The sides that the CSV named by SPLIT gives to the stems; clips it does not name get None."""
+def split_from_csv(stems: pd.Series) -> list[str | None]:
+    """What the CSV named by SPLIT says of the stems; None for clips that it does not name."""
     try:
-        table = pd.read_csv(SPLIT, dtype=str, encoding_errors="surrogateescape")
-        sides = dict(zip(table["stem"], table["split"], strict=True))
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f'SPLIT = {SPLIT!r} is neither "actor" nor "clip", nor a CSV with the columns stem,split ({error}).')
-    for side in set(sides.values()) - {"train", "val", "test"}:
-        sys.exit(f"SPLIT = {SPLIT!r}: split is {side!r} somewhere: take train, val or test.")
-    if len(sides) < len(table):
-        sys.exit(f"SPLIT = {SPLIT!r}: {table['stem'][table['stem'].duplicated()].iloc[0]} stands there twice.")
-    absent, unnamed = len(sides.keys() - set(stems)), len(set(stems) - sides.keys())
+        rows = read_csv(Path(SPLIT))
+        named = [(unicodedata.normalize("NFC", row["stem"]), row["split"]) for row in rows]
+    except (OSError, KeyError) as error:
+        raise UserError(
+            f'SPLIT = {SPLIT!r} is neither "actor" nor "clip", nor a CSV with the columns '
+            f"stem,split ({error})."
+        ) from error
+    parts = dict(named)
+    if wrong := sorted(set(parts.values()) - {"train", "val", "test"}):
+        raise UserError(f"SPLIT = {SPLIT!r}: split is {wrong[0]!r}: must be train, val or test.")
+    if len(parts) < len(named):
+        [(stem, _)] = Counter(stem for stem, _ in named).most_common(1)
+        raise UserError(f"SPLIT = {SPLIT!r}: {stem} stands there twice.")
+    stems = [unicodedata.normalize("NFC", stem) for stem in stems]
+    absent = len(parts.keys() - set(stems))
+    unnamed = len(set(stems) - parts.keys())
     print(
-        f"Split {SPLIT}: {absent} of its {len(sides)} stems have no spectrogram; "
-        f"{unnamed} clips that it does not name are left out."
+        f"Split {SPLIT}: {absent} of its {count(len(parts), 'stem')} have no spectrogram; "
+        f"{count(unnamed, 'clip')} that it does not name are left out."
     )
-    return [sides.get(stem) for stem in stems]
+    return [parts.get(stem) for stem in stems]
 
 
-def assign_split(clips):
-    """Adds the column `split`, drops what no side uses: variants other than the original only train."""
+def assign_split(clips: pd.DataFrame) -> pd.DataFrame:
+    """Adds the column `split`, drops what no part uses: variants but the original only train."""
     originals = clips[clips.variant == "original"]
     if SPLIT in ("actor", "clip"):
         groups = originals.actor if SPLIT == "actor" else originals.stem
-        if (n := groups.nunique()) < 3:
-            sys.exit(
-                f"MEL_DIR = {MEL_DIR!r} holds originals of {n} {SPLIT}(s): a split by {SPLIT} takes at least "
-                "three, one each to train, validate and test."
+        if groups.nunique() < 3:
+            raise UserError(
+                f"MEL_DIR = {MEL_DIR!r} holds originals of {count(groups.nunique(), SPLIT)}: a split "
+                f"by {SPLIT} needs at least three, one each to train, validate and test."
             )
-        side = split_evenly(groups, originals.emotion, SEED)
+        part = split_evenly(groups, originals.emotion, SEED)
     else:
-        side = split_from_csv(originals.stem)
-    clips = clips.assign(split=clips.stem.map(dict(zip(originals.stem, side, strict=True))))
-    used = clips.split.notna() & ((clips.variant == "original") | (clips.split == "train"))
-    clips = clips[used].reset_index(drop=True)
+        part = split_from_csv(originals.stem)
+    clips = clips.assign(split=clips.stem.map(dict(zip(originals.stem, part, strict=True))))
+    is_used = clips.split.notna() & ((clips.variant == "original") | (clips.split == "train"))
+    clips = clips[is_used].reset_index(drop=True)
     for name in ("train", "val", "test"):
         if not (clips.split == name).any():
-            sys.exit(f"SPLIT = {SPLIT!r} leaves no clip to {name}: train, val and test each need some.")
-    if (n_train := (clips.split == "train").sum()) < BATCH_SIZE * PROCESSES:
-        each = f" for each of {PROCESSES} processes" if PROCESSES > 1 else ""
-        sys.exit(
-            f"BATCH_SIZE = {BATCH_SIZE}{each}, but there are {n_train} spectrograms to train on: lower BATCH_SIZE."
+            raise UserError(f"SPLIT = {SPLIT!r} leaves no clip to {name}: each part needs some.")
+    n_train = (clips.split == "train").sum()
+    if n_train < BATCH_SIZE * WORLD_SIZE:
+        each = f" in each of {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
+        raise UserError(
+            f"BATCH_SIZE = {BATCH_SIZE}{each}, but there are {n_train} spectrograms to train on: "
+            "lower BATCH_SIZE."
         )
     return clips
 
 
-def read_spectrogram(path, n_mels):
-    """One .npy as float32 (frames, mel bands); ends the program if it is not what mel_generator.py writes."""
-    mend = "delete it and run mel_generator.py again."
+def read_spectrogram(path: Path, n_mels: int) -> np.ndarray:
+    """One .npy, float32 (frames, mel bands); raises UserError for what mel_generator.py never made."""
+    fix = "delete it and run mel_generator.py again."
     try:
-        with open(path, "rb") as file:
+        if not path.is_file():
+            raise ValueError("not a regular file")
+        with path.open("rb") as file:
             mel = np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # bytes from anywhere make the header's parser raise anything
-        sys.exit(f"{path} is not a whole .npy file ({' '.join(str(error).split())[:200]}): {mend}")
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a whole .npy file ({reason}): {fix}") from error
     if mel.dtype != np.float32 or mel.ndim != 2 or len(mel) != n_mels or not mel.size:
-        sys.exit(
-            f"{path} holds {mel.dtype} {mel.shape}, not float32 ({n_mels}, frames) as mel_config.json says: {mend}"
+        raise UserError(
+            f"{path} holds {mel.dtype} {mel.shape}, not float32 ({n_mels}, frames) as "
+            f"mel_config.json says: {fix}"
         )
     if not np.isfinite(mel).all():
-        sys.exit(f"{path} holds numbers that are not finite: {mend}")
+        raise UserError(f"{path} holds numbers that are not finite: {fix}")
     return mel.T
 
 
-def room_for(n_frames, n_mels):
-    """Float32 (n_frames, n_mels): in memory or, if that would take half of it, in a nameless file in OUTPUT_DIR."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # Windows does not tell
-        memory = math.inf
-    if 4 * n_frames * n_mels < memory / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+def memory_limit() -> float:
+    """Bytes of memory that this process may use: the machine's or, if less, its container's."""
+    limits = [math.inf]
+    with contextlib.suppress(AttributeError, ValueError):  # Windows does not tell
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2, v1
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    return min(limits)
+
+
+def allocate_frames(n_frames: int, n_mels: int) -> np.ndarray:
+    """Float32 (n_frames, n_mels): in memory or, if that took half of it, in a file without name."""
+    n_bytes = 4 * n_frames * n_mels
+    if n_bytes < memory_limit() / 2 / int(os.environ.get("LOCAL_WORLD_SIZE") or 1):
         return np.empty((n_frames, n_mels), np.float32)
     file = tempfile.TemporaryFile(dir=OUTPUT_DIR)
-    if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the program without a word
-        os.posix_fallocate(file.fileno(), 0, 4 * n_frames * n_mels)
+    if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process at once
+        os.posix_fallocate(file.fileno(), 0, n_bytes)
     return np.memmap(file, np.float32, "r+", shape=(n_frames, n_mels))
 
 
 class Spectrograms:
-    """All spectrograms end to end in one tensor, so that a batch is one gather and no loader is needed.
+    """All spectrograms end to end in one tensor: a batch is one gather, no loader is needed.
 
-    frames: float32 (all frames, mel bands); start, length, label: int64 (clips,), on the CPU.
+    frames: float32 (all frames, mel bands), normalised; start, length, label: int64 (clips,), on
+    the CPU. indices: {"train", "val", "test"}: the numbers of a part's clips. varies: bool (mel
+    bands,), False for bands that are constant. n_cut: frames past MAX_WIDTH, (clips,).
     """
 
-    def __init__(self, clips, n_mels):
-        most = sum(os.path.getsize(path) for path in clips.path) // (4 * n_mels)
-        frames, length, at = room_for(most, n_mels), [], 0
-        for path in tqdm(clips.path, desc="Reading", unit="file", leave=False, disable=RANK > 0):
-            mel = read_spectrogram(path, n_mels)[:MAX_WIDTH]
-            frames[at : at + len(mel)] = mel
-            length.append(len(mel))
-            at += len(mel)
-        self.frames, self.length = torch.from_numpy(frames[:at]), torch.tensor(length)
-        self.start = self.length.cumsum(0) - self.length
+    def __init__(self, clips: pd.DataFrame, n_mels: int) -> None:
+        self.indices = {
+            part: torch.from_numpy(np.flatnonzero(clips.split == part))
+            for part in ("train", "val", "test")
+        }
         self.label = torch.tensor([list(EMOTIONS).index(code) for code in clips.emotion])
+        capacity = sum(path.stat().st_size for path in clips.path) // (4 * n_mels)
+        frames = allocate_frames(capacity, n_mels)
+        lengths = []
+        n_cut = []
+        levels = []
+        n_frames = 0
+        for path in tqdm(clips.path, "Reading", unit="file", leave=False, disable=RANK > 0):
+            mel = read_spectrogram(path, n_mels)
+            heard = mel[:MAX_WIDTH]
+            frames[n_frames : n_frames + len(heard)] = heard
+            n_frames += len(heard)
+            lengths.append(len(heard))
+            n_cut.append(len(mel) - len(heard))
+            levels.append(clip_level(heard))
+        self.frames = torch.from_numpy(frames[:n_frames])
+        self.length = torch.tensor(lengths)
+        self.start = self.length.cumsum(0) - self.length
+        self.n_cut = torch.tensor(n_cut)
+        self.level = speaker_levels(clips, np.array(levels))
+        self.normalization, self.varies = self.normalize()
 
-    def normalize(self, train):
-        """Brings each mel band to mean 0, deviation 1 over the training clips; returns those figures."""
-        total, squares, n = 0.0, 0.0, 0
-        for i in train.tolist():
-            mel = self.clip(i).double()
-            total, squares, n = total + mel.sum(0), squares + mel.square().sum(0), n + len(mel)
-        mean = total / n
-        std = (squares / n - mean.square()).clamp(min=1e-4).sqrt()
-        self.frames.sub_(mean.float()).div_(std.float())
-        return {"mean": mean.tolist(), "std": std.tolist()}
-
-    def to_gpu_if_it_fits(self, device):
-        """Moves all frames to a GPU of which they take less than half; else batches go there one by one."""
-        if device.type == "cuda" and self.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-            self.frames = self.frames.to(device)
-
-    def clip(self, i):
+    def clip(self, i: int) -> Tensor:
         """One clip, (frames, mel bands)."""
         return self.frames[self.start[i] : self.start[i] + self.length[i]]
 
-    def batch(self, index, rate, device):
-        """Training clips, each at its own rate of speed, padded with zeros to a multiple of 8 frames.
+    def part(self, name: str) -> list[Tensor]:
+        """The clips of "train", "val" or "test"."""
+        return [self.clip(i) for i in self.indices[name]]
+
+    def labels(self, name: str) -> Tensor:
+        """Their emotions: int64 (clips,), in the order of EMOTIONS."""
+        return self.label[self.indices[name]]
+
+    def normalize(self) -> tuple[dict[str, list[float]], Tensor]:
+        """Brings each mel band to mean 0, deviation 1 over the training clips.
+
+        Returns {"mean", "std"} in dB, and which bands vary. A band without an STFT bin is
+        constant: it gets deviation 1.
+        """
+        total = torch.zeros(self.frames.shape[1], dtype=torch.float64)
+        squares = torch.zeros_like(total)
+        n_frames = 0
+        for mel in self.part("train"):
+            total += mel.double().sum(0)
+            squares += mel.double().square().sum(0)
+            n_frames += len(mel)
+        mean = total / n_frames
+        variance = squares / n_frames - mean.square()
+        varies = variance > 1e-4
+        std = torch.where(varies, variance.clamp(min=1e-4).sqrt(), 1.0)
+        self.frames.sub_(mean.float()).div_(std.float())
+        return {"mean": mean.tolist(), "std": std.tolist()}, varies
+
+    def to_gpu_if_it_fits(self, device: torch.device) -> None:
+        """Moves all frames to a GPU of which they take less than half; else batches go one by one."""
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if self.frames.nbytes < free / 2:
+                self.frames = self.frames.to(device)
+
+    def batch(
+        self, index: Tensor, rate: Tensor, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Training clips, each at its own speed, padded with zeros to a multiple of 8 frames.
 
         Returns (clips, frames, mel bands), lengths on the CPU, labels.
         """
         length = (self.length[index] / rate).ceil().long().clamp(max=MAX_WIDTH)
-        step = torch.arange(-(-int(length.max()) // 8) * 8)  # few different widths: oneDNN keeps memory for each
-        at = (step * rate[:, None]).long().minimum(self.length[index, None] - 1) + self.start[index, None]
-        x = self.frames[at.to(self.frames.device)].to(device)
-        return x * inside(length, len(step)).to(device)[:, :, None], length, self.label[index].to(device)
+        # A multiple of 8, so that there are few different widths: oneDNN keeps memory for each.
+        step = torch.arange(-(-int(length.max()) // 8) * 8)
+        source = (step * rate[:, None]).long().minimum(self.length[index, None] - 1)
+        source += self.start[index, None]
+        x = self.frames[source.to(self.frames.device)].to(device)
+        mask = length_mask(length, len(step)).to(device)
+        return x * mask[:, :, None], length, self.label[index].to(device)
+
+
+def speaker_levels(clips: pd.DataFrame, levels: np.ndarray) -> dict[str, float]:
+    """The checkpoint's `level`, in dB: the training originals' median, and the usual range.
+
+    `low` and `high` are the lowest and highest speaker's median, at least 8 dB from the median.
+    """
+    is_original = (clips.split == "train") & (clips.variant == "original")
+    levels = pd.Series(levels)[is_original]
+    median = float(levels.median())
+    by_speaker = levels.groupby(clips.actor[is_original]).median()
+    low = min(float(by_speaker.min()), median - 8)
+    high = max(float(by_speaker.max()), median + 8)
+    return {"median": round(median, 2), "low": round(low, 2), "high": round(high, 2)}
 
 
 # --------------------------------------------------------------------------------------
-# Computing
+# Augmentation
 
 
-def inside(lengths, n_frames):
+def draw_epoch(data: Spectrograms, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One epoch's batches: clip numbers and a random rate of speed for each, (batches, clips) both.
+
+    First the weighted draw, each emotion as often; then clips of like length at their rates come
+    together. Under torchrun a batch is of all processes: each takes every WORLD_SIZEth clip.
+    """
+    train = data.indices["train"]
+    label = data.label[train]
+    batch_size = BATCH_SIZE * WORLD_SIZE
+    n_drawn = len(train) // batch_size * batch_size  # whole batches: batch norm needs several clips
+    if WEIGHTED_SAMPLING:
+        class_weight = 1.0 / label.bincount(minlength=len(EMOTIONS)).clamp(min=1)
+        drawn = torch.multinomial(class_weight[label], n_drawn, True, generator=generator)
+    else:
+        drawn = torch.randperm(len(train), generator=generator)[:n_drawn]
+    clip = train[drawn]
+    rate = torch.exp(SPEED_PERTURB * (2 * torch.rand(n_drawn, generator=generator) - 1))
+    order = (data.length[clip] / rate).argsort().view(-1, batch_size)
+    order = order[torch.randperm(len(order), generator=generator)]
+    return clip[order], rate[order]
+
+
+def augment_batch(x: Tensor, lengths: Tensor, data: Spectrograms) -> Tensor:
+    """Another voice, room, microphone and line for each clip of a batch, and parts of it masked.
+
+    x: normalised (B, T, M), zero past each clip's frames, and still so afterwards.
+    """
+    mean = torch.tensor(data.normalization["mean"])
+    std = torch.tensor(data.normalization["std"])
+    x = shift_bands(x)
+    x = x + (random_eq(len(x), len(std)) / std).to(x.device)[:, None]
+    silence = ((SILENCE_DB - mean) / std).to(x.device)
+    x = torch.where(random_outer_bands(len(x), len(std)).to(x.device)[:, None], silence, x)
+    mask = length_mask(lengths, x.shape[1])[:, :, None] & data.varies
+    return spec_augment(x * mask.to(x.device), lengths)
+
+
+def shift_bands(x: Tensor) -> Tensor:
+    """Moves each clip of (B, T, M) up or down by at most MEL_SHIFT mel bands: another voice."""
+    n_mels = x.shape[2]
+    shift = torch.randint(-MEL_SHIFT, MEL_SHIFT + 1, (len(x), 1))
+    source = (torch.arange(n_mels) + shift).clamp(0, n_mels - 1)  # (B, M)
+    return x.gather(2, source[:, None].to(x.device).expand_as(x))
+
+
+def random_eq(n_clips: int, n_mels: int) -> Tensor:
+    """A smooth tone curve and a gain for each clip, dB (clips, mel bands): room and microphone."""
+    points = RANDOM_EQ_DB * torch.randn(n_clips, 1, 5)
+    curve = F.interpolate(points, size=n_mels, mode="linear", align_corners=True)
+    return (curve + RANDOM_GAIN_DB * torch.randn(n_clips, 1, 1))[:, 0]
+
+
+def random_outer_bands(n_clips: int, n_mels: int) -> Tensor:
+    """True at the lowest and highest bands of a share NARROW_BAND of the clips: a telephone line."""
+    low = 0.1 * torch.rand(n_clips, 1) * n_mels
+    high = (0.7 + 0.3 * torch.rand(n_clips, 1)) * n_mels
+    band = torch.arange(n_mels)
+    is_narrow = torch.rand(n_clips, 1) < NARROW_BAND
+    return ((band < low) | (band >= high)) & is_narrow
+
+
+def spec_augment(x: Tensor, lengths: Tensor) -> Tensor:
+    """Sets a random stretch of time and one of mel bands to the mean, in each clip of (B, T, M).
+
+    Source: Park et al., "SpecAugment", arXiv:1904.08779; lighter here, one mask each way.
+    """
+    n_frames, n_mels = x.shape[1:]
+    time_mask = random_span(lengths, TIME_MASK, n_frames).to(x.device)
+    mel_mask = random_span(torch.full_like(lengths, n_mels), MEL_MASK, n_mels).to(x.device)
+    x = x.masked_fill(time_mask[:, :, None], 0.0)
+    return x.masked_fill(mel_mask[:, None, :], 0.0)
+
+
+def random_span(sizes: Tensor, widest: int, n: int) -> Tensor:
+    """True at a random stretch of each clip's own size, at most half of it: (clips, n)."""
+    limit = (sizes // 2).clamp(max=widest)
+    width = (torch.rand(len(sizes)) * (limit + 1)).floor()
+    first = (torch.rand(len(sizes)) * (sizes - width + 1)).floor()
+    place = torch.arange(n)
+    return (place >= first[:, None]) & (place < (first + width)[:, None])
+
+
+# --------------------------------------------------------------------------------------
+# Model
+
+
+def length_mask(lengths: Tensor, n_frames: int) -> Tensor:
     """True at each clip's own frames: (clips, n_frames)."""
     return torch.arange(n_frames, device=lengths.device) < lengths[:, None]
 
@@ -424,48 +588,58 @@ def inside(lengths, n_frames):
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions with batch norm beside a shortcut; the first one strides.
 
-    Source: He et al., "Deep Residual Learning", arXiv:1512.03385; pooled shortcut: arXiv:1812.01187.
+    Source: He et al., "Deep Residual Learning", arXiv:1512.03385; pooled shortcut: He et al.,
+    "Bag of Tricks", arXiv:1812.01187.
     """
 
-    def __init__(self, n_in, n_out, stride):
+    def __init__(self, n_in: int, n_out: int, stride: Sequence[int]) -> None:
         super().__init__()
         self.stride = tuple(stride)
-        self.conv1, self.norm1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out)
-        self.conv2, self.norm2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
-        self.shortcut, self.norm_shortcut = nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(n_out)
+        self.shortcut = nn.Conv2d(n_in, n_out, 1, bias=False)
+        self.norm_shortcut = nn.BatchNorm2d(n_out)
 
-    def forward(self, x, lengths):
-        """(B, C, T, M), zero past each clip's frames, to the same, strided; and the lengths, strided."""
-        # A fixed divisor: a clip's last, half-empty window means the same with and without padding.
-        # Pooled, not strided: PyTorch 2.13's strided 1 x 1 convolution of one channel in bfloat16 crashes on some CPUs.
-        pooled = F.avg_pool2d(x, self.stride, ceil_mode=True, divisor_override=math.prod(self.stride))
-        h = F.relu(self.norm1(self.conv1(x)))
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, T, M), zero past each clip's frames, to the same, strided; and the lengths."""
+        # A fixed divisor: a clip's last, half-empty window is the same with and without padding.
+        # Pooled, then 1 x 1: PyTorch 2.13's strided 1 x 1 convolution of one channel crashes in
+        # bfloat16 on some CPUs.
+        area = math.prod(self.stride)
+        pooled = F.avg_pool2d(x, self.stride, ceil_mode=True, divisor_override=area)
         lengths = (lengths + self.stride[0] - 1).div(self.stride[0], rounding_mode="floor")
-        mask = inside(lengths, h.shape[2])[:, None, :, None]
+        h = F.relu(self.norm1(self.conv1(x)))
+        mask = length_mask(lengths, h.shape[2])[:, None, :, None]
         h = self.norm2(self.conv2(h * mask))
         return F.relu(h + self.norm_shortcut(self.shortcut(pooled))) * mask, lengths
 
 
 class BidirectionalLSTM(nn.Module):
-    """Two LSTM layers over time, both ways along each clip's own steps, as nn.LSTM(bidirectional=True) on packed clips.
+    """Two LSTM layers over time, both ways along each clip's own steps.
 
-    Clips turned about within their padding instead of packed: on a CPU in float32, training takes 0.7 of the time.
+    As nn.LSTM(bidirectional=True) on packed clips; but clips are reversed within their padding
+    instead of packed, which on a CPU in float32 takes 0.7 of the time of a training step.
     """
 
-    def __init__(self, n_in, hidden, dropout):
+    def __init__(self, n_in: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.onward = nn.ModuleList(nn.LSTM(n, hidden, batch_first=True) for n in (n_in, 2 * hidden))
-        self.back = nn.ModuleList(nn.LSTM(n, hidden, batch_first=True) for n in (n_in, 2 * hidden))
+        sizes = (n_in, 2 * hidden)
+        self.forward_lstm = nn.ModuleList(nn.LSTM(n, hidden, batch_first=True) for n in sizes)
+        self.backward_lstm = nn.ModuleList(nn.LSTM(n, hidden, batch_first=True) for n in sizes)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, steps):
-        """(B, T, C) and each clip's own steps (B,) to (B, T, 2 * hidden); what stands past those steps is undefined."""
-        step, last = torch.arange(x.shape[1], device=x.device), steps[:, None] - 1
-        turned = torch.where(step <= last, last - step, step)[:, :, None]  # (B, T, 1)
-        for layer in (0, 1):
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, C) and each clip's own steps (B,) to (B, T, 2 * hidden), undefined past those."""
+        step = torch.arange(x.shape[1], device=x.device)
+        last = lengths[:, None] - 1
+        reverse = torch.where(step <= last, last - step, step)[:, :, None]  # (B, T, 1)
+        for forward_lstm, backward_lstm in zip(self.forward_lstm, self.backward_lstm, strict=True):
             x = self.dropout(x)
-            back, _ = self.back[layer](x.gather(1, turned.expand_as(x)))
-            x = torch.cat([self.onward[layer](x)[0], back.gather(1, turned.expand_as(back))], 2)
+            ahead, _ = forward_lstm(x)
+            back, _ = backward_lstm(x.gather(1, reverse.expand_as(x)))
+            x = torch.cat([ahead, back.gather(1, reverse.expand_as(back))], 2)
         return x
 
 
@@ -475,253 +649,428 @@ class AttentivePooling(nn.Module):
     Source: Okabe et al., "Attentive Statistics Pooling", arXiv:1803.10963.
     """
 
-    def __init__(self, n):
+    def __init__(self, n: int) -> None:
         super().__init__()
         self.score = nn.Sequential(nn.Linear(n, 128), nn.Tanh(), nn.Linear(128, 1))
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(B, T, n) and True at each clip's own steps (B, T) to (B, 2 * n)."""
-        weight = self.score(x).float().masked_fill(~mask[:, :, None], -torch.inf).softmax(1)  # (B, T, 1)
+        score = self.score(x).float().masked_fill(~mask[:, :, None], -torch.inf)
+        weight = score.softmax(1)  # (B, T, 1)
         mean = (weight * x).sum(1)
         variance = (weight * (x - mean[:, None]).square()).sum(1)
         return torch.cat([mean, (variance + 1e-4).sqrt()], 1)
 
 
 class EmotionClassifier(nn.Module):
-    """Four residual CNN blocks, bidirectional LSTM over time, self-attention, three fully connected layers.
+    """Four residual CNN blocks, bidirectional LSTM, self-attention, three fully connected layers.
 
-    In evaluation a clip's logits do not depend on its batch's padding: nothing sees past a clip's own frames.
+    In evaluation a clip's logits do not depend on its batch's padding: nothing sees past a
+    clip's own frames.
     """
 
-    def __init__(self, n_mels, n_classes, channels, strides, hidden, heads, dropout):
+    def __init__(
+        self,
+        n_mels: int,
+        n_classes: int,
+        channels: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        hidden: int,
+        heads: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(map(ResidualBlock, (1, *channels[:-1]), channels, strides))
+        inputs = (1, *channels[:-1])
+        self.blocks = nn.ModuleList(map(ResidualBlock, inputs, channels, strides))
         bands = n_mels
         for _, stride in strides:
             bands = -(-bands // stride)
         self.lstm = BidirectionalLSTM(channels[-1] * bands, hidden, dropout)
-        self.attention = nn.MultiheadAttention(2 * hidden, heads, dropout=dropout, batch_first=True)
+        self.attention = nn.MultiheadAttention(2 * hidden, heads, dropout, batch_first=True)
         self.norm = nn.LayerNorm(2 * hidden)
         self.pooling = AttentivePooling(2 * hidden)
         self.head = nn.Sequential(
-            nn.Linear(4 * hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout),
-            nn.Linear(hidden, hidden // 2), nn.BatchNorm1d(hidden // 2), nn.ReLU(), nn.Dropout(dropout),
-            nn.Linear(hidden // 2, n_classes))  # fmt: skip
+            nn.Linear(4 * hidden, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden // 2),
+            nn.BatchNorm1d(hidden // 2),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden // 2, n_classes),
+        )
 
-    def forward(self, x, lengths):
-        """Normalised log-mel (B, T, M), zero past each clip's frames, and lengths (B,), to logits (B, classes)."""
-        x, steps = x.unsqueeze(1), lengths.to(x.device)  # (B, 1, T, M)
-        x = x.contiguous(memory_format=torch.channels_last)
+    def encode(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Normalised log-mel (B, T, M), zero past each clip, to embeddings (B, 4 * hidden)."""
+        lengths = lengths.to(x.device)
+        x = x.unsqueeze(1).contiguous(memory_format=torch.channels_last)  # (B, 1, T, M)
         for block in self.blocks:
-            x, steps = block(x, steps)
-        x = self.lstm(x.permute(0, 2, 3, 1).flatten(2), steps)  # (B, T, M * C) to (B, T, 2 * hidden)
-        mask = inside(steps, x.shape[1])
+            x, lengths = block(x, lengths)
+        x = x.permute(0, 2, 3, 1).flatten(2)  # (B, C, T, M) to (B, T, M * C)
+        x = self.lstm(x, lengths)  # (B, T, 2 * hidden)
+        mask = length_mask(lengths, x.shape[1])
         attended, _ = self.attention(x, x, x, key_padding_mask=~mask, need_weights=False)
-        return self.head(self.pooling(self.norm(x + attended).float(), mask))
+        return self.pooling(self.norm(x + attended).float(), mask)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Normalised log-mel (B, T, M), zero past each clip, to logits (B, classes)."""
+        return self.head(self.encode(x, lengths))
 
 
-def logits_of(model, spectrograms, batch_size, device):
-    """Float32 logits (clips, classes), on the CPU, of normalised spectrograms, each (frames, mel bands)."""
-    order = sorted(range(len(spectrograms)), key=lambda i: len(spectrograms[i]))
-    rows = []
+def predict_logits(
+    model: EmotionClassifier, mels: list[Tensor], batch_size: int, device: torch.device
+) -> Tensor:
+    """Float32 logits (clips, classes), on the CPU, of normalised log-mels (frames, mel bands)."""
+    order = sorted(range(len(mels)), key=lambda i: len(mels[i]))
+    logits = []
     model.eval()
     with torch.inference_mode():
-        for at in range(0, len(order), batch_size):
-            batch = [spectrograms[i] for i in order[at : at + batch_size]]
+        for start in range(0, len(order), batch_size):
+            batch = [mels[i] for i in order[start : start + batch_size]]
             lengths = torch.tensor([len(mel) for mel in batch])
             x = nn.utils.rnn.pad_sequence(batch, batch_first=True)
-            x = F.pad(x, (0, 0, 0, -x.shape[1] % 8))  # few different widths: oneDNN keeps memory for each
-            rows.append(model(x.to(device), lengths).cpu())
-    return torch.cat(rows)[torch.tensor(order).argsort()]
+            x = F.pad(x, (0, 0, 0, -x.shape[1] % 8))  # few widths: oneDNN keeps memory for each
+            logits.append(model(x.to(device), lengths).cpu())
+    return torch.cat(logits)[torch.tensor(order).argsort()]
 
 
-def draw_epoch(data, train, generator):
-    """One epoch's batches: clip numbers and a random rate of speed by TIME_WARP for each, (batches, clips) both.
+def clip_level(mel: np.ndarray) -> float:
+    """Level of a clip's louder parts, dB: 95th percentile over time of the mean power of the bands.
 
-    First the draw, each emotion as often; then clips of like length at their rates come together.
-    Under torchrun a batch is of all processes together: each takes every PROCESSES-th clip of it.
+    mel: log-mel spectrogram in dB, (frames, mel bands), not normalised.
     """
-    batch = BATCH_SIZE * PROCESSES
-    n = len(train) // batch * batch  # whole batches: batch norm cannot train on one clip
-    if WEIGHTED_SAMPLING:
-        class_weights = 1.0 / data.label[train].bincount(minlength=len(EMOTIONS)).clamp(min=1)
-        drawn = torch.multinomial(class_weights[data.label[train]], n, replacement=True, generator=generator)
-    else:
-        drawn = torch.randperm(len(train), generator=generator)[:n]
-    drawn = train[drawn]
-    rate = torch.exp(TIME_WARP * (2 * torch.rand(n, generator=generator) - 1))
-    order = (data.length[drawn] / rate).argsort().view(-1, batch)
-    order = order[torch.randperm(len(order), generator=generator)]
-    return drawn[order], rate[order]
+    power = (10 ** (mel / 10)).mean(axis=1)
+    return float(10 * np.log10(np.percentile(power, 95)))
 
 
-def vary(x, lengths, mean, std):
-    """Moves each clip by MEL_SHIFT, adds TONE and GAIN, empties outer bands: another voice, room, microphone, line.
-
-    x: normalised (B, T, M); mean, std: dB, of each mel band (M,). Still zero past each clip's frames.
-    """
-    n, n_mels = len(x), x.shape[2]
-    curve = F.interpolate(TONE * torch.randn(n, 1, 5), size=n_mels, mode="linear", align_corners=True)
-    curve += GAIN * torch.randn(n, 1, 1)
-    band = torch.arange(n_mels)
-    low, high = 0.1 * torch.rand(n, 1), 0.7 + 0.3 * torch.rand(n, 1)  # shares of the mel axis
-    lost = ((band < low * n_mels) | (band >= high * n_mels)) & (torch.rand(n, 1) < NARROW_BAND)
-    shifted = (band + torch.randint(-MEL_SHIFT, MEL_SHIFT + 1, (n, 1))).clamp(0, n_mels - 1)
-    x = x.gather(2, shifted[:, None].to(x.device).expand_as(x)) + (curve / std).to(x.device)
-    x = torch.where(lost[:, None].to(x.device), ((SILENCE - mean) / std).to(x.device), x)
-    return x * inside(lengths, x.shape[1]).to(x.device)[:, :, None]
+def try_device(device: torch.device) -> None:
+    """Raises RuntimeError where a device cannot compute: a GPU too old for this PyTorch."""
+    nn.LSTM(1, 1).to(device)(torch.zeros(1, 1, 1, device=device))[0].cpu()
 
 
-def hide_parts(x, lengths):
-    """Sets a random stretch of time and one of mel bands to the mean, in each clip (in place).
+# --------------------------------------------------------------------------------------
+# Training
 
-    Source: Park et al., "SpecAugment", arXiv:1904.08779; lighter here, one mask each way.
-    """
-    for axis, most, size in ((1, TIME_MASK, lengths), (2, MEL_MASK, torch.full_like(lengths, x.shape[2]))):
-        width = (torch.rand(len(x)) * (torch.minimum(size // 2, torch.tensor(most)) + 1)).floor()
-        first = (torch.rand(len(x)) * (size - width + 1)).floor()
-        at = torch.arange(x.shape[axis])
-        hidden = ((at >= first[:, None]) & (at < (first + width)[:, None])).to(x.device)
-        x.masked_fill_(hidden.unsqueeze(3 - axis), 0.0)
-    return x
+
+class TrainState:
+    """What an epoch changes and last_checkpoint.pth keeps: weights, schedules, history."""
+
+    def __init__(
+        self, model_config: dict[str, Any], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(SEED)
+        self.device = device
+        self.dtype = dtype
+        self.model = EmotionClassifier(**model_config)
+        self.model.to(device, memory_format=torch.channels_last)
+        self.parallel = self.model
+        if WORLD_SIZE > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(self.model)
+        self.ema = torch.optim.swa_utils.AveragedModel(
+            self.model, multi_avg_fn=ema_update, use_buffers=True
+        )
+        for module in self.ema.modules():
+            if isinstance(module, nn.LSTM):
+                module.flatten_parameters()  # copied one by one: cuDNN would gather them each time
+        self.peak_lr = LEARNING_RATE * math.sqrt(WORLD_SIZE)  # Malladi et al., arXiv:2205.10287
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), self.peak_lr, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, "max", factor=LR_FACTOR, patience=LR_PATIENCE
+        )
+        # On a GPU always: autocast copies the LSTM's weights to float16 (pytorch/pytorch#42385).
+        is_scaled = device.type == "cuda" and dtype != torch.float32
+        self.scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
+        self.history: list[dict[str, Any]] = []
+        self.best_epoch = 0
+        self.best_accuracy = -1.0
+
+    def parts(self) -> dict[str, Any]:
+        """What has a state dict of its own."""
+        names = ("model", "ema", "optimizer", "scheduler", "scaler")
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next epoch depends on."""
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        names = ("history", "best_epoch", "best_accuracy")
+        state |= {name: getattr(self, name) for name in names}
+        return state | {"dtype": dtype_name(self.dtype), "device_type": self.device.type}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what state_dict returned."""
+        for name, part in self.parts().items():
+            if state[name]:  # a gradient scaler that is off has nothing to tell
+                part.load_state_dict(state[name])
+        for name in ("history", "best_epoch", "best_accuracy"):
+            setattr(self, name, state[name])
+
+    def is_finished(self) -> bool:
+        """Whether EPOCHS or PATIENCE ends the training."""
+        n_epochs = len(self.history)
+        return n_epochs >= EPOCHS or n_epochs - self.best_epoch >= PATIENCE
+
+    def warm_up(self, epoch: int, share: float) -> None:
+        """Sets the learning rate after a share of an epoch, in the first ones."""
+        if epoch <= WARMUP_EPOCHS:
+            progress = (epoch - 1 + share) / WARMUP_EPOCHS
+            self.optimizer.param_groups[0]["lr"] = self.peak_lr * progress
+
+    def step(self, row: dict[str, Any]) -> bool:
+        """Takes an epoch's row of the history; lowers the learning rate; whether it is the best."""
+        self.history.append(row)
+        if row["epoch"] > WARMUP_EPOCHS:
+            self.scheduler.step(row["val_accuracy"])
+        if row["epoch"] > DECAY_AFTER:
+            self.optimizer.param_groups[0]["lr"] *= LR_DECAY
+        is_best = row["val_accuracy"] >= self.best_accuracy
+        if is_best:  # of equal epochs the last, whose learning rate is lower
+            self.best_accuracy = row["val_accuracy"]
+            self.best_epoch = row["epoch"]
+        return is_best
 
 
 @torch.no_grad()
-def average_weights(average, weights, n):
-    """One step of the moving average of the weights; its first steps forget faster, to lose the random start."""
-    share = 1 - ((1 + n) / (10 + n)).clamp(max=AVERAGING)
-    for mean, value in zip(average, weights, strict=True):
-        mean.lerp_(value, share) if mean.is_floating_point() else mean.copy_(value)
+def ema_update(ema: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
+    """One step of the moving average; the first ones forget faster, to lose the random start."""
+    share = 1 - ((1 + n) / (10 + n)).clamp(max=EMA_DECAY)
+    for mean, value in zip(ema, weights, strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, share)
+        else:
+            mean.copy_(value)
 
 
-def train_epoch(run, epoch):
+def pick_device() -> torch.device:
+    """The device of DEVICE; raises UserError where it cannot compute."""
+    name = DEVICE
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and WORLD_SIZE > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        try_device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f'DEVICE = {DEVICE!r} cannot be used here ({reason}): must be "auto", "cpu", "cuda" or, '
+            'with several GPUs, "cuda:1".'
+        ) from error
+    return device
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """What training multiplies in: by AMP and what the device does faster."""
+    if AMP == "off":
+        return torch.float32
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    features = torch.cpu.get_capabilities()
+    has_bfloat16 = features.get("amx_bf16") or features.get("avx512_bf16")
+    return torch.bfloat16 if has_bfloat16 and bfloat16_is_faster() else torch.float32
+
+
+def bfloat16_is_faster() -> bool:
+    """Tries a product on this CPU: Intel's without AMX have bfloat16 at half of float32's speed."""
+    fastest = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(5):  # the fastest of five: what else runs here costs time too
+        for dtype in fastest:
+            x = torch.ones(512, 1024, dtype=dtype)
+            started = time.perf_counter()
+            F.linear(x, x)
+            fastest[dtype] = min(time.perf_counter() - started, fastest[dtype])
+    return fastest[torch.bfloat16] < 0.8 * fastest[torch.float32]
+
+
+def choose_dtype(device: torch.device, progress: dict[str, Any] | None) -> torch.dtype:
+    """The dtype of the training that is resumed, on the same type of device; else pick_dtype's."""
+    if progress and progress["device_type"] == device.type:
+        return getattr(torch, progress["dtype"])
+    dtype = pick_dtype(device)
+    if progress:
+        before = f"{progress['dtype']} on {progress['device_type']}"
+        print(f"Note: so far in {before}, now in {dtype_name(dtype)} on {device.type}.")
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32", "bfloat16", "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def join_processes(device: torch.device) -> None:
+    """Under torchrun: brings its processes together; all but rank 0 are silent."""
+    if WORLD_SIZE == 1:
+        return
+    has_nccl = device.type == "cuda" and torch.distributed.is_nccl_available()  # Windows has none
+    torch.distributed.init_process_group(
+        "nccl" if has_nccl else "gloo",
+        timeout=datetime.timedelta(days=1),  # the others wait while rank 0 validates and reports
+        device_id=device if has_nccl else None,
+    )
+    if RANK > 0:
+        sys.stdout = SteadyStream(None)
+
+
+def on_rank_0(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function on rank 0 alone; every rank gets what it returns."""
+    value = [function(*arguments) if RANK == 0 else None]
+    if WORLD_SIZE > 1:
+        torch.distributed.broadcast_object_list(value)
+    return value[0]
+
+
+def leave_processes() -> None:
+    """Under torchrun: ends this process once all have come here."""
+    if WORLD_SIZE > 1:
+        torch.distributed.barrier()  # a process that left while rank 0 writes would end them all
+        sys.stdout.flush()
+        os._exit(0)  # with nothing taken down: there Gloo's threads abort now and then
+
+
+def train_epoch(state: TrainState, data: Spectrograms, epoch: int) -> tuple[float, float]:
     """One pass over the training draw; returns mean loss and accuracy."""
     seed = SEED * 100_003 + epoch  # an epoch depends on its number alone: resuming repeats it
-    batches, rates = draw_epoch(run.data, run.sides["train"], torch.Generator().manual_seed(seed))
-    torch.manual_seed(seed + 15_485_863 * RANK)  # a prime; of the seed, a CPU's generator takes the lowest 32 bits
-    total = torch.zeros(2, device=run.device)  # loss, right answers
-    mean, std = (torch.tensor(run.normalization[name]) for name in ("mean", "std"))
-    run.model.train()
-    own = list(zip(batches[:, RANK::PROCESSES], rates[:, RANK::PROCESSES], strict=True))
-    bar = tqdm(own, desc=f"Epoch {epoch}", unit="batch", leave=False, disable=RANK > 0)
+    batches, rates = draw_epoch(data, torch.Generator().manual_seed(seed))
+    own = list(zip(batches[:, RANK::WORLD_SIZE], rates[:, RANK::WORLD_SIZE], strict=True))
+    torch.manual_seed(seed + 15_485_863 * RANK)  # each rank augments in its own way
+    total = torch.zeros(2, device=state.device)  # loss, right answers
+    state.model.train()
+    bar = tqdm(own, f"Epoch {epoch}", unit="batch", leave=False, disable=RANK > 0)
     for step, (index, rate) in enumerate(bar, start=1):
-        if epoch <= WARMUP_EPOCHS:
-            run.optimizer.param_groups[0]["lr"] = run.highest_rate * (epoch - 1 + step / len(batches)) / WARMUP_EPOCHS
-        x, lengths, label = run.data.batch(index, rate, run.device)
-        x = hide_parts(vary(x, lengths, mean, std), lengths)
-        with torch.autocast(run.device.type, run.amp, enabled=run.amp is not None):
-            logits = run.parallel(x, lengths)
-        loss = F.cross_entropy(logits.float(), label, label_smoothing=LABEL_SMOOTHING)
-        run.scaler.scale(loss).backward()
-        run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), GRADIENT_CLIP)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad()
-        total += torch.stack([loss.detach(), (logits.argmax(1) == label).sum()])  # .item() would wait for the GPU
-        run.average.update_parameters(run.model)
-    if PROCESSES > 1:
+        state.warm_up(epoch, step / len(own))
+        x, lengths, label = data.batch(index, rate, state.device)
+        total += train_step(state, augment_batch(x, lengths, data), lengths, label)
+    if WORLD_SIZE > 1:
         torch.distributed.all_reduce(total)
-    loss, accuracy = float(total[0]) / len(batches) / PROCESSES, float(total[1]) / batches.numel()
-    return loss, accuracy
+    loss, n_right = total.tolist()
+    return loss / len(own) / WORLD_SIZE, n_right / batches.numel()
 
 
-def validate(run, epoch, loss, accuracy, seconds):
-    """The history's row for an epoch that took `seconds` to train, and the validation logits and labels."""
-    logits, label = run.logits("val", run.average.module)
-    n_drawn = len(run.sides["train"]) // (BATCH_SIZE * PROCESSES) * BATCH_SIZE * PROCESSES
+def train_step(state: TrainState, x: Tensor, lengths: Tensor, label: Tensor) -> Tensor:
+    """One step of the optimizer; returns loss and number of right answers, (2,), on the device."""
+    is_mixed = state.dtype != torch.float32
+    with torch.autocast(state.device.type, state.dtype if is_mixed else None, enabled=is_mixed):
+        logits = state.parallel(x, lengths)
+    loss = F.cross_entropy(logits.float(), label, label_smoothing=LABEL_SMOOTHING)
+    state.scaler.scale(loss).backward()
+    state.scaler.unscale_(state.optimizer)
+    nn.utils.clip_grad_norm_(state.model.parameters(), GRADIENT_CLIP)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    state.ema.update_parameters(state.model)
+    n_right = (logits.argmax(1) == label).sum()
+    return torch.stack([loss.detach(), n_right])  # .item() would wait for the GPU
+
+
+def fit(state: TrainState, data: Spectrograms, clips: pd.DataFrame, config: dict[str, Any]) -> None:
+    """Trains epoch by epoch until the end; after each, all that it takes to go on is on disk."""
+    while not state.is_finished():
+        epoch = len(state.history) + 1
+        started = time.perf_counter()
+        loss, accuracy = train_epoch(state, data, epoch)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"The training loss is {loss} in epoch {epoch}: lower LEARNING_RATE "
+                f'({LEARNING_RATE:g}), or set AMP = "off". What is in {OUTPUT_DIR} is from the '
+                "epochs before."
+            )
+        seconds = time.perf_counter() - started
+        row, temperature = on_rank_0(validate, state, data, loss, accuracy, seconds)
+        is_best = state.step(row)
+        if RANK == 0:
+            if is_best:
+                save_best_model(state, data, clips, config, temperature)
+            save_progress(state, config)
+            print_epoch(row, is_best)
+
+
+# --------------------------------------------------------------------------------------
+# Evaluation
+
+
+def validate(
+    state: TrainState, data: Spectrograms, loss: float, accuracy: float, seconds: float
+) -> tuple[dict[str, Any], float]:
+    """The history's row for an epoch that took `seconds` to train, and the temperature."""
+    model = state.ema.module
+    logits = predict_logits(model, data.part("val"), BATCH_SIZE, state.device)
+    label = data.labels("val")
+    batch_size = BATCH_SIZE * WORLD_SIZE
+    n_drawn = len(data.indices["train"]) // batch_size * batch_size
     row = {
-        "epoch": epoch,
+        "epoch": len(state.history) + 1,
         "train_loss": loss,
         "train_accuracy": accuracy,
         "val_loss": float(F.cross_entropy(logits, label)),
         "val_accuracy": float((logits.argmax(1) == label).float().mean()),
         "val_uar": uar(label, logits.argmax(1)),
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
         "seconds": round(seconds, 2),
         "train_clips_per_s": round(n_drawn / seconds, 1),
     }
-    return row, logits, label
+    return row, fit_temperature(logits, label)
 
 
-def train(run):
-    """Epochs until EPOCHS or PATIENCE ends them, or a loss that is no number; after each, all to go on is on disk."""
-    while len(run.history) < EPOCHS and len(run.history) - run.best_epoch < PATIENCE:
-        epoch, started = len(run.history) + 1, time.perf_counter()
-        loss, accuracy = train_epoch(run, epoch)
-        if not math.isfinite(loss):
-            sys.exit(
-                f"The training loss is {loss} in epoch {epoch}: lower LEARNING_RATE ({LEARNING_RATE:g}), or set "
-                f'AMP = "off". What is in {OUTPUT_DIR} is from the epochs before.'
-            )
-        row = None
-        if RANK == 0:
-            row, logits, label = validate(run, epoch, loss, accuracy, time.perf_counter() - started)
-        row = agreed(row)
-        run.history.append(row)
-        if epoch > WARMUP_EPOCHS:
-            run.scheduler.step(row["val_accuracy"])
-        if epoch > DECAY_AFTER:
-            run.optimizer.param_groups[0]["lr"] *= LR_DECAY
-        if best := row["val_accuracy"] >= run.best_accuracy:  # of equal ones the last, with a lower learning rate
-            run.best_accuracy, run.best_epoch = row["val_accuracy"], epoch
-        if RANK == 0:
-            if best:
-                run.save_best(fit_temperature(logits, label))
-            run.save()
-            print_epoch(row, best)
+def uar(true: Tensor, predicted: Tensor) -> float:
+    """Unweighted average recall: the mean over the classes that occur of the share found."""
+    recalls = [(predicted[true == c] == c).float().mean().item() for c in true.unique()]
+    return float(np.mean(recalls))
 
 
-def print_epoch(row, best):
-    """The epoch's line."""
-    print(
-        f"epoch {row['epoch']:3d}/{EPOCHS}  loss {row['train_loss']:.3f} {row['val_loss']:.3f}  "
-        f"accuracy {100 * row['train_accuracy']:4.1f} {100 * row['val_accuracy']:4.1f} %  "
-        f"UAR {100 * row['val_uar']:4.1f} %  lr {row['learning_rate']:.1e}  {row['seconds']:.0f} s  "
-        f"at most {(EPOCHS - row['epoch']) * row['seconds'] / 60:.0f} min left{'  *' if best else ''}",
-        flush=True,
-    )
+def reliability(probabilities: Tensor, label: Tensor, n_bins: int) -> pd.DataFrame:
+    """Mean confidence, accuracy and share of all clips, for each bin of confidence with clips.
 
-
-def uar(true, predicted):
-    """Unweighted average recall of classes (N,): the mean over the emotions that occur of the share found."""
-    return float(np.mean([float((predicted[true == c] == c).float().mean()) for c in true.unique()]))
-
-
-def reliability(probabilities, label, bins):
-    """Mean confidence, accuracy and share of all clips: a row for each of so many equal bins of confidence with clips.
-
-    `probabilities` is (N, classes), `label` (N,).
+    probabilities: (clips, classes); label: (clips,); bins of equal width.
     """
     confidence, predicted = (values.numpy() for values in probabilities.max(1))
-    table = pd.DataFrame({"confidence": confidence, "accuracy": predicted == label.numpy()}, dtype=float)
-    bin_of = table.groupby((table.confidence * bins).astype(int).clip(upper=bins - 1).to_numpy())
-    return bin_of.mean().assign(share=bin_of.size() / len(label))
+    is_right = predicted == label.numpy()
+    table = pd.DataFrame({"confidence": confidence, "accuracy": is_right}, dtype=float)
+    bin_number = (table.confidence * n_bins).astype(int).clip(upper=n_bins - 1)
+    groups = table.groupby(bin_number.to_numpy())
+    return groups.mean().assign(share=groups.size() / len(label))
 
 
-def calibration_error(probabilities, label):
-    """Expected calibration error, 0 to 1, of the top label, 15 equal bins (Guo et al., arXiv:1706.04599)."""
+def calibration_error(probabilities: Tensor, label: Tensor) -> float:
+    """Expected calibration error, 0 to 1, of the top label, 15 equal bins.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599.
+    """
     table = reliability(probabilities, label, 15)
     return float((table.share * (table.accuracy - table.confidence).abs()).sum())
 
 
-def fit_temperature(logits, label):
-    """The divisor of logits (N, classes) that makes `label` (N,) most likely, of 401 from 0.1 to 10 (Guo et al.)."""
-    return min(torch.logspace(-1, 1, 401).tolist(), key=lambda t: float(F.cross_entropy(logits / t, label)))
+def fit_temperature(logits: Tensor, label: Tensor) -> float:
+    """The divisor of the logits that makes the labels most likely, of 401 from 0.1 to 10 (Guo)."""
+    candidates = torch.logspace(-1, 1, 401).tolist()
+    return min(candidates, key=lambda t: float(F.cross_entropy(logits / t, label)))
 
 
-def uar_interval(true, predicted, actors):
-    """95 % interval of the UAR, low and high, by 1,000 bootstrap draws of actors; None where there is one actor."""
-    names, random = np.unique(actors), np.random.default_rng(SEED)
+def uar_interval(true: Tensor, predicted: Tensor, actors: np.ndarray) -> list[float] | None:
+    """95 % interval of the UAR, low and high, by 1,000 bootstrap draws of actors; of one, None."""
+    names = np.unique(actors)
     if len(names) == 1:
         return None
+    random = np.random.default_rng(SEED)
     rows = {name: torch.from_numpy(np.flatnonzero(actors == name)) for name in names}
-    draws = (torch.cat([rows[name] for name in random.choice(names, len(names))]) for _ in range(1000))
-    return np.percentile([uar(true[drawn], predicted[drawn]) for drawn in draws], [2.5, 97.5]).tolist()
+    values = []
+    for _ in range(1000):
+        drawn = torch.cat([rows[name] for name in random.choice(names, len(names))])
+        values.append(uar(true[drawn], predicted[drawn]))
+    return np.percentile(values, [2.5, 97.5]).tolist()
 
 
-def measure(logits, label, actors, temperature):
-    """The figures of metrics.json for one side of the split."""
+def compute_metrics(
+    logits: Tensor, label: Tensor, actors: np.ndarray, temperature: float
+) -> dict[str, Any]:
+    """The figures of metrics.json for validation or test."""
     from sklearn.metrics import f1_score  # here, because it takes a second to import
 
     predicted = logits.argmax(1)
@@ -738,430 +1087,705 @@ def measure(logits, label, actors, temperature):
 
 
 # --------------------------------------------------------------------------------------
-# Writing
+# Reports
 
 
-def lock(path):
-    """Holds a folder or file until this process ends, in whatever way; ends the program if another process holds it.
-
-    Source: flock(2), which Windows lacks: nothing is checked there.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return
-    held = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"{path} is in use: another run is writing there. Wait for its end, or name another folder.")
-    except OSError as error:  # a file system without locks
-        print(f"{path} cannot be locked ({error.strerror}): take care that no other run writes there.")
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Yields a temporary path beside `path` that takes its name once written: whole, or not there at all."""
-    try:
-        yield f"{path}.tmp"
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:  # a full disk's own names no file
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def write_text(path, text):
-    """Writes a text, whole or not at all."""
-    with whole_file(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-
-
-def plot_confusion(path, true, predicted, names, title):
+def plot_confusion(
+    path: Path, true: Iterable[str], predicted: Iterable[str], names: list[str], title: str
+) -> None:
     """Confusion matrix as a picture: counts, and the row's percentages, which give the colour."""
     import seaborn  # here, because these two take a second to import
     from sklearn.metrics import confusion_matrix
 
-    counts = confusion_matrix(true, predicted, labels=names)
-    percent = 100.0 * counts / counts.sum(1, keepdims=True).clip(min=1)
-    text = [[f"{n}\n{p:.0f} %" for n, p in zip(*row, strict=True)] for row in zip(counts, percent, strict=True)]
-    figure, axes = plt.subplots(figsize=(5.5, 4.8), layout="constrained")
-    looks = {"cmap": "cividis", "vmin": 0, "vmax": 100, "square": True, "annot_kws": {"size": 9}, "fmt": ""}
-    looks |= {"xticklabels": names, "yticklabels": names, "cbar_kws": {"label": "% of the true class"}}
-    seaborn.heatmap(percent, annot=text, ax=axes, **looks)
+    counts = confusion_matrix(list(true), list(predicted), labels=names)
+    totals = counts.sum(1, keepdims=True)
+    percent = 100.0 * counts / totals.clip(min=1)
+    text = [f"{n}\n{p:.0f} %" for n, p in zip(counts.flat, percent.flat, strict=True)]
+    text = np.where(totals > 0, np.reshape(text, counts.shape), "\u2013")  # a dash: absent
+    figure = Figure(figsize=(5.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    style = {"vmin": 0, "vmax": 100, "cmap": "cividis", "square": True, "annot_kws": {"size": 9}}
+    ticks = {"xticklabels": names, "yticklabels": names, "cbar_kws": {"label": "% of true class"}}
+    seaborn.heatmap(percent, annot=text, fmt="", ax=axes, **style, **ticks)
     axes.set(xlabel="Predicted emotion", ylabel="True emotion", title=title)
     axes.tick_params(axis="x", rotation=45)
     axes.tick_params(axis="y", rotation=0)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=200)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
-def plot_history(path, history, best_epoch):
+def save_figure(figure: Figure, path: Path, dpi: int = 200) -> None:
+    """Writes a figure as a PNG, atomically."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+
+
+def plot_history(path: Path, history: list[dict[str, Any]], best_epoch: int) -> None:
     """Loss, accuracy and learning rate over the epochs, the best one marked."""
-    table, blue, orange = pd.DataFrame(history).set_index("epoch"), "#0072B2", "#D55E00"
-    panels = {
-        "Cross-entropy (nats)": {"train_loss": (1, "training", blue, "-"), "val_loss": (1, "validation", orange, "-")},
-        "Accuracy, UAR (%)": {
-            "train_accuracy": (100, "training accuracy", blue, "-"),
-            "val_accuracy": (100, "validation accuracy", orange, "-"),
-            "val_uar": (100, "validation UAR", "#000000", ":"),
-        },
-        "Learning rate": {"learning_rate": (1, "learning rate", blue, "-")},
-    }
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
-    for ax, (title, lines) in zip(axes, panels.items(), strict=True):
-        for column, (scale, label, colour, style) in lines.items():
-            ax.plot(scale * table[column], color=colour, linestyle=style, marker=".", label=label)
-        if title.startswith("Accuracy"):
-            ax.axhline(100 / len(EMOTIONS), color="#555555", linestyle="-.", linewidth=1, label="chance")
-        ax.axvline(best_epoch, color="#555555", linestyle="--", linewidth=1, label=f"best epoch, {best_epoch}")
-        ax.set(xlabel="Epoch", ylabel=title)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(fontsize=8)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=200)
-    plt.close(figure)
+    table = pd.DataFrame(history).set_index("epoch")
+    figure = Figure(figsize=(3.5, 6.5), layout="constrained")
+    loss, accuracy, rate = figure.subplots(3, 1, sharex=True)
+    loss.plot(table.train_loss, ".-", color=BLUE, label="training (smoothed labels)")
+    loss.plot(table.val_loss, ".-", color=ORANGE, label="validation")
+    loss.set_ylabel("Cross-entropy (nats)")
+    accuracy.plot(100 * table.train_accuracy, ".-", color=BLUE, label="training accuracy")
+    accuracy.plot(100 * table.val_accuracy, ".-", color=ORANGE, label="validation accuracy")
+    accuracy.plot(100 * table.val_uar, ".:", color="black", label="validation UAR")
+    accuracy.set_ylabel("Accuracy, UAR (%)")
+    rate.plot(1e4 * table.learning_rate, ".-", color=BLUE, label="learning rate")
+    rate.set(xlabel="Epoch", ylabel="Learning rate ($10^{-4}$)")
+    for axes in (loss, accuracy, rate):
+        axes.axvline(best_epoch, color=GREY, linestyle="--", linewidth=1, label="best epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize=7)
+    save_figure(figure, path)
 
 
-def plot_intensity(axes, stems, right):
+def plot_actors(axes: Any, actors: pd.Series, is_right: pd.Series) -> None:
+    """Accuracy (%) by actor, sorted; the mean over clips dashed."""
+    accuracy = is_right.groupby(actors).mean().sort_values()
+    names = [os.fsencode(name).decode("utf-8", "replace") for name in accuracy.index]
+    axes.bar(range(len(names)), accuracy, color=BLUE, width=min(0.8, len(names) / 8))
+    axes.axhline(is_right.mean(), color=ORANGE, linestyle="--")
+    axes.set_xticks(range(len(names)), names, parse_math=False)
+    axes.tick_params(axis="x", rotation=90 if len(names) > 12 else 0)
+    axes.set(xlabel="Test actor", ylabel="Accuracy (%)", ylim=(0, 100))
+    axes.set_title(f"Dashed: all test clips, {is_right.mean():.1f} %", fontsize=9)
+
+
+def plot_intensity(axes: Any, stems: pd.Series, is_right: pd.Series) -> None:
     """Accuracy (%) by intensity, where file names tell it in their fourth field."""
     names = {"LO": "low", "MD": "medium", "HI": "high"}
-    level = [names.get((stem.upper().split("_") + [""] * 4)[3], "not told") for stem in stems]
-    table = right.groupby(level).agg(["mean", "size"]).reindex([*names.values(), "not told"]).dropna()
-    bars = [f"{name}\n({n:.0f})" for name, n in table["size"].items()]
-    axes.bar(bars, table["mean"], color="#0072B2", width=min(0.8, len(bars) / 4))
+    intensity = [
+        names.get((stem.upper().split("_") + [""] * 4)[3], "unspecified") for stem in stems
+    ]
+    table = is_right.groupby(intensity).agg(["mean", "size"])
+    table = table.reindex([*names.values(), "unspecified"]).dropna()
+    labels = [f"{name}\n({n:.0f})" for name, n in table["size"].items()]
+    axes.bar(labels, table["mean"], color=BLUE, width=min(0.8, len(labels) / 4))
     axes.set(xlabel="Intensity (clips)", ylabel="Accuracy (%)", ylim=(0, 100))
 
 
-def plot_report(path, table, logits, label, temperature):
-    """Accuracy by actor, sorted, and by intensity where names tell it; confidence against accuracy."""
-    right = 100.0 * (table.true_class == table.predicted_class)
-    figure, places = plt.subplot_mosaic(
-        [["actor", "actor"], ["intensity", "sure"]], figsize=(7, 5.6), layout="constrained"
-    )
-    by_actor = right.groupby(table.actor).mean().sort_values()
-    names = [os.fsencode(actor).decode("utf-8", "replace").replace("$", r"\$") for actor in by_actor.index]
-    places["actor"].bar(names, by_actor, color="#0072B2", width=min(0.8, len(names) / 8))
-    places["actor"].axhline(right.mean(), color="#D55E00", linestyle="--")
-    places["actor"].set(xlabel="Test actor", ylabel="Accuracy (%)", ylim=(0, 100))
-    places["actor"].tick_params(axis="x", rotation=90 if len(names) > 12 else 0)
-    places["actor"].set_title(f"Dashed: all test clips, {right.mean():.1f} %", fontsize=9)
-    plot_intensity(places["intensity"], table.stem, right)
-    for divisor, words, colour, style in ((1.0, "before", "#E69F00", ":"), (temperature, "after", "#0072B2", "-")):
-        bins = 100 * reliability((logits / divisor).softmax(1), label, 10)
-        looks = {"color": colour, "marker": "o", "label": f"{words} temperature"}
-        places["sure"].plot(bins.confidence, bins.accuracy, style, **looks)
-    places["sure"].plot([0, 100], [0, 100], color="#555555", linestyle="--", linewidth=1)
-    places["sure"].set(xlabel="Confidence (%)", ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 100))
-    places["sure"].legend(fontsize=8, loc="lower right")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=200)
-    plt.close(figure)
+def plot_reliability(axes: Any, logits: Tensor, label: Tensor, temperature: float) -> None:
+    """Confidence against accuracy, before and after the temperature."""
+    before = 100 * reliability(logits.softmax(1), label, 10)
+    after = 100 * reliability((logits / temperature).softmax(1), label, 10)
+    axes.plot(before.confidence, before.accuracy, "o:", color="#E69F00", label="before temperature")
+    axes.plot(after.confidence, after.accuracy, "o-", color=BLUE, label="after temperature")
+    axes.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1)
+    axes.set(xlabel="Confidence (%)", ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+    axes.legend(fontsize=8, loc="lower right")
 
 
-def worst_mistakes(table, n=10):
+def plot_report(
+    path: Path, table: pd.DataFrame, logits: Tensor, label: Tensor, temperature: float
+) -> None:
+    """test_report.png: accuracy by actor and by intensity; confidence against accuracy."""
+    is_right = 100.0 * (table.true_class == table.predicted_class)
+    figure = Figure(figsize=(7, 5.6), layout="constrained")
+    axes = figure.subplot_mosaic([["actor", "actor"], ["intensity", "reliability"]])
+    plot_actors(axes["actor"], table.actor, is_right)
+    plot_intensity(axes["intensity"], table.stem, is_right)
+    plot_reliability(axes["reliability"], logits, label, temperature)
+    save_figure(figure, path)
+
+
+def most_confident_mistakes(table: pd.DataFrame, n: int = 10) -> list[dict[str, Any]]:
     """The wrong answers given with most confidence: stem, true and predicted class, confidence."""
     table = table.assign(confidence=table[list(EMOTIONS.values())].max(axis=1))
-    worst = table[table.true_class != table.predicted_class].nlargest(n, "confidence")
-    return worst[["stem", "true_class", "predicted_class", "confidence"]].to_dict("records")
+    wrong = table[table.true_class != table.predicted_class].nlargest(n, "confidence")
+    return wrong[["stem", "true_class", "predicted_class", "confidence"]].to_dict("records")
 
 
-def save_tensors(state, path):
-    """torch.save, with a full disk told as the OSError that it is."""
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:
-        raise OSError(errno.EIO, f"could not be written whole (is the disk full?): {str(error)[:80]}", path) from error
-
-
-class Run:
-    """A training in progress: data, model, optimiser, schedule, history; saved and resumed as one."""
-
-    def __init__(self, clips, mel_config, device, amp):
-        self.clips, self.mel_config, self.device, self.amp = clips, mel_config, device, amp
-        self.output_dir = Path(OUTPUT_DIR)
-        self.sides = {side: torch.from_numpy(np.flatnonzero(clips.split == side)) for side in ("train", "val", "test")}
-        self.data = Spectrograms(clips, mel_config["n_mels"])
-        self.normalization = self.data.normalize(self.sides["train"])
-        self.data.to_gpu_if_it_fits(device)
-        self.settings = configuration(clips, mel_config, self.normalization)
-        self.model_config = {
-            "n_mels": mel_config["n_mels"], "n_classes": len(EMOTIONS), "channels": CHANNELS, "strides": STRIDES,
-            "hidden": HIDDEN, "heads": HEADS, "dropout": DROPOUT,
-        }  # fmt: skip
-        torch.manual_seed(SEED)
-        self.model = EmotionClassifier(**self.model_config).to(device, memory_format=torch.channels_last)
-        self.parallel = nn.parallel.DistributedDataParallel(self.model) if PROCESSES > 1 else self.model
-        self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average_weights, use_buffers=True)
-        for module in self.average.modules():
-            if isinstance(module, nn.LSTM):
-                module.flatten_parameters()  # copied one by one: on a GPU cuDNN would gather them at every call
-        self.highest_rate = LEARNING_RATE * math.sqrt(PROCESSES)  # Malladi et al., arXiv:2205.10287
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), self.highest_rate, weight_decay=WEIGHT_DECAY, fused=True
-        )
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, "max", factor=LR_FACTOR, patience=LR_PATIENCE
-        )
-        # On a GPU always: autocast copies the LSTM's weights to float16 (pytorch/pytorch#42385; not tried here).
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is not None and device.type == "cuda")
-        self.parts = {name: getattr(self, name) for name in "model average optimizer scheduler scaler".split()}
-        self.history, self.best_epoch, self.best_accuracy = [], 0, -1.0
-
-    def logits(self, side, model):
-        """A model's logits for one side of the split, and the labels, on the CPU."""
-        spectrograms = [self.data.clip(i) for i in self.sides[side]]
-        return logits_of(model, spectrograms, BATCH_SIZE, self.device), self.data.label[self.sides[side]]
-
-    def save(self):
-        """Writes everything that the next epoch depends on."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {name: getattr(self, name) for name in ("history", "best_epoch", "best_accuracy", "settings")}
-        state["amp"] = str(self.amp)
-        with whole_file(self.output_dir / "last_checkpoint.pth") as temporary:
-            save_tensors(state, temporary)
-        with whole_file(self.output_dir / "history.csv") as temporary:
-            pd.DataFrame(self.history).to_csv(temporary, index=False)
-
-    def save_best(self, temperature):
-        """Writes best_model.pth: plain Python values beside the tensors, so that weights_only=True takes them."""
-        actors = sorted(set(self.clips.actor[self.clips.split == "train"]))
-        checkpoint = {
-            "format_version": FORMAT_VERSION,
-            "model_state_dict": {name: value.cpu() for name, value in self.average.module.state_dict().items()},
-            "model_config": self.model_config,
-            "mel_config": self.mel_config,
-            "normalization": self.normalization,
-            "max_width": MAX_WIDTH,
-            "classes": [{"code": code, "name": name} for code, name in EMOTIONS.items()],
-            "temperature": temperature,
-            "epoch": self.best_epoch,
-            "metrics": self.history[-1],
-            "training_config": self.settings | {"TRAINING_ACTORS": actors},  # so that no one tests on their voices
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
-        }
-        with whole_file(self.output_dir / "best_model.pth") as temporary:
-            save_tensors(checkpoint, temporary)
-
-    def resume(self):
-        """Takes up the training of last_checkpoint.pth; refuses one of other settings."""
-        path = self.output_dir / "last_checkpoint.pth"
-        best = self.output_dir / "best_model.pth"
-        if not path.exists():
-            print(f"RESUME = True, but there is no {path} yet: starting with epoch 1.")
-            return keep_previous(self.output_dir) if RANK == 0 else None
-        if not best.exists():
-            sys.exit(f"RESUME = True, but {best} is gone: put it back, or set RESUME = False to start anew.")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            was, now = state["settings"], self.settings
-            if changed := [k for k in now if k not in FREE_TO_CHANGE and was.get(k) != now[k]]:
-                words = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in changed)
-                sys.exit(f"RESUME = True, but {path} is of other settings ({words}): set them back, or OUTPUT_DIR.")
-            for name, part in self.parts.items():
-                if state[name]:  # a gradient scaler that is off has nothing to tell
-                    part.load_state_dict(state[name])
-            for name in ("history", "best_epoch", "best_accuracy"):
-                setattr(self, name, state[name])
-        except Exception as error:  # bytes from anywhere make the unpickler raise anything
-            sys.exit(
-                f"RESUME = True, but {path} is no checkpoint of this script ({type(error).__name__}): "
-                "name another OUTPUT_DIR, or set RESUME = False."
-            )
-        print(f"Going on from {path}, after epoch {len(self.history)}.")
-        if state.get("amp") != str(self.amp):
-            print(f"Note: so far in {state.get('amp')}, now in {self.amp} (None: float32).")
-
-
-def keep_previous(output_dir):
-    """Moves an earlier training's files to a folder of their own: a new one must not destroy or mix with them."""
-    names = "best_model.pth history.csv training_history.png confusion_matrix.png classification_report.txt"
-    names += " test_report.png metrics.json test_predictions.csv split.csv run.json last_checkpoint.pth"
-    found = [path for path in (output_dir / name for name in names.split()) if path.exists()]
-    models = [path for path in found if path.suffix == ".pth" or path.name == "metrics.json"]
-    if models:  # the checkpoint goes last and names the folder: a move that was cut short goes on into the same one
-        ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(models[-1].stat().st_mtime))
-        folder = output_dir / f"earlier_{ended}"
-        folder.mkdir(exist_ok=True)
-        for path in found:
-            os.replace(path, folder / path.name)
-        print(f"An earlier training's files are kept in {folder}.")
-
-
-def read_best(path, device):
-    """The model of best_model.pth in evaluation mode, and the file's dict; nothing in the file is executed."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = EmotionClassifier(**checkpoint["model_config"])
-        model.load_state_dict(checkpoint["model_state_dict"])
-    except Exception as error:  # bytes from anywhere make the unpickler raise anything
-        sys.exit(
-            f"{path} was damaged since it was written ({type(error).__name__}): train again in another OUTPUT_DIR."
-        )
-    return model.to(device).eval(), checkpoint
-
-
-def finish(run, seconds):
-    """Figures, pictures and predictions of best_model.pth, read back from its file."""
-    model, checkpoint = read_best(run.output_dir / "best_model.pth", run.device)
-    temperature, metrics = checkpoint["temperature"], {}
-    for side in ("val", "test"):
-        logits, label = run.logits(side, model)
-        actors = run.clips.actor[run.sides[side].numpy()].to_numpy()
-        metrics[side] = measure(logits, label, actors, temperature)
-    table = write_test(run, logits, label, temperature)
-    metrics["most_confident_mistakes"] = worst_mistakes(table)
-    metrics |= {
-        "best_epoch": checkpoint["epoch"],
-        "epochs": len(run.history),
-        "split": SPLIT,
-        "seed": SEED,
-        "device": str(run.device),
-        "amp": str(run.amp),
-        "temperature": temperature,
-        "n_parameters": sum(p.numel() for p in model.parameters()),
-        "n_training_spectrograms": len(run.sides["train"]),
-        "seconds": round(seconds, 1),
-    }
-    write_text(run.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    packages = "matplotlib numpy pandas scikit-learn seaborn torch".split()
-    record = run_record(seconds, packages, constants=run.settings, device=run.device, number_type=run.amp)
-    write_text(run.output_dir / "run.json", record)
-    plot_report(run.output_dir / "test_report.png", table, logits, label, temperature)
-    plot_history(run.output_dir / "training_history.png", run.history, checkpoint["epoch"])
-    print_summary(run.output_dir, metrics)
-
-
-def write_test(run, logits, label, temperature):
-    """Writes predictions, report and confusion matrix of the test clips; returns the predictions."""
-    from sklearn.metrics import classification_report  # here, because it takes a second to import
-
+def predictions_table(
+    clips: pd.DataFrame, data: Spectrograms, logits: Tensor, temperature: float
+) -> pd.DataFrame:
+    """test_predictions.csv: stem, actor, true and predicted class, probabilities."""
     names = list(EMOTIONS.values())
-    true, predicted = ([names[i] for i in classes] for classes in (label, logits.argmax(1)))
-    table = run.clips.loc[run.sides["test"].numpy(), ["stem", "actor"]]
-    table = table.assign(true_class=true, predicted_class=predicted)
-    table[names] = (logits / temperature).softmax(1).numpy()
-    write_text(run.output_dir / "test_predictions.csv", table.to_csv(index=False, lineterminator="\n"))
-    report = classification_report(true, predicted, labels=names, zero_division=0, digits=3)
-    write_text(run.output_dir / "classification_report.txt", report)
-    title = f"Test: {len(table):,} clips, {table.actor.nunique()} actors"
-    plot_confusion(run.output_dir / "confusion_matrix.png", true, predicted, names, title)
+    index = data.indices["test"]
+    table = clips.loc[index.numpy(), ["stem", "actor"]]
+    table["true_class"] = [names[i] for i in data.label[index]]
+    table["predicted_class"] = [names[i] for i in logits.argmax(1)]
+    table[names] = (logits.double() / temperature).softmax(1).numpy().round(6)
     return table
 
 
-def run_record(seconds, packages, **details):
-    """run.json, as text: what it takes to repeat the run."""
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-    run = {"command": sys.argv} | details | {"platform": platform.platform(), "versions": versions}
-    return json.dumps(run | {"seconds": round(seconds, 1)}, indent=2, default=str) + "\n"
+def write_report(output_dir: Path, table: pd.DataFrame, metrics: dict[str, Any]) -> None:
+    """Writes metrics.json, test_predictions.csv, report and confusion matrix."""
+    from sklearn.metrics import classification_report  # here, because it takes a second to import
+
+    write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_csv(output_dir / "test_predictions.csv", list(table.columns), table.to_dict("records"))
+    true, predicted = table.true_class, table.predicted_class
+    names = list(EMOTIONS.values())
+    occurring = [name for name in names if name in set(true)]
+    text = classification_report(true, predicted, labels=occurring, zero_division=0, digits=3)
+    write_text(output_dir / "classification_report.txt", text)
+    title = f"Test: {count(len(table), 'clip')}, {count(table.actor.nunique(), 'actor')}"
+    plot_confusion(output_dir / "confusion_matrix.png", true, predicted, names, title)
 
 
-def print_setup(run):
-    """Constants, split and device, before the first epoch; and what makes the figures worth less."""
-    constants = {name: run.settings[name] for name in (*SETTINGS, "MEL_CONFIG")}
-    print(textwrap.fill("  ".join(f"{name} = {value!r}" for name, value in constants.items()), 118))
+def report(
+    output_dir: Path,
+    data: Spectrograms,
+    clips: pd.DataFrame,
+    state: TrainState,
+    config: dict[str, Any],
+    started: float,
+) -> None:
+    """Figures, predictions and pictures of best_model.pth, read back from its file."""
+    model, checkpoint = read_best_model(output_dir / "best_model.pth", state.device)
+    temperature = checkpoint["temperature"]
+    figures = {}
+    for part in ("val", "test"):
+        logits = predict_logits(model, data.part(part), BATCH_SIZE, state.device)
+        actors = clips.actor[clips.split == part].to_numpy()
+        figures[part] = compute_metrics(logits, data.labels(part), actors, temperature)
+        if part == "test":
+            table = predictions_table(clips, data, logits, temperature)
+            path = output_dir / "test_report.png"
+            plot_report(path, table, logits, data.labels(part), temperature)
+    metrics = {"test": figures["test"], "val": figures["val"]} | {
+        "best_epoch": checkpoint["epoch"],
+        "epochs": len(state.history),
+        "split": SPLIT,
+        "seed": SEED,
+        "device": str(state.device),
+        "amp": dtype_name(state.dtype),
+        "temperature": temperature,
+        "n_parameters": sum(p.numel() for p in model.parameters()),
+        "n_training_spectrograms": len(data.indices["train"]),
+        "seconds": round(time.perf_counter() - started, 1),
+        "most_confident_mistakes": most_confident_mistakes(table),
+    }
+    write_report(output_dir, table, metrics)
+    plot_history(output_dir / "training_history.png", state.history, checkpoint["epoch"])
+    packages = ("matplotlib", "numpy", "pandas", "scikit-learn", "seaborn", "torch")
+    details = {"constants": config, "device": str(state.device), "seconds": metrics["seconds"]}
+    write_run_record(output_dir / "run.json", packages, details)
+    print_summary(output_dir, metrics)
+
+
+def find_notes(clips: pd.DataFrame, data: Spectrograms) -> list[str]:
+    """What makes the figures worth less: few people, absent emotions, few steps, cut clips."""
+    notes = []
+    for part, index in data.indices.items():
+        counts = data.label[index].bincount(minlength=len(EMOTIONS))
+        if absent := [code for code, n in zip(EMOTIONS, counts, strict=True) if not n]:
+            notes.append(f"no clip of {', '.join(absent)} to {part}.")
+        n_actors = clips.actor[clips.split == part].nunique()
+        if n_actors < 3 and part != "train":
+            few = count(n_actors, "actor")
+            notes.append(f"{few} to {part}: figures of so few people say little about others.")
+    n_steps = len(data.indices["train"]) // (BATCH_SIZE * WORLD_SIZE)
+    if n_steps < 20:
+        steps = count(n_steps, "step")
+        notes.append(f"an epoch has {steps} of BATCH_SIZE {BATCH_SIZE}: lower it, or raise EPOCHS.")
+    if data.n_cut.any():
+        share = 100 * data.n_cut.sum() / (data.n_cut + data.length).sum()
+        longest = (data.n_cut + data.length).max()
+        notes.append(
+            f"{(data.n_cut > 0).sum():,} of {count(len(data.length), 'spectrogram')} longer than "
+            f"MAX_WIDTH: {share:.1f} % of the frames are cut off; MAX_WIDTH = {longest} hears all."
+        )
+    return notes
+
+
+def print_setup(
+    clips: pd.DataFrame, data: Spectrograms, state: TrainState, config: dict[str, Any]
+) -> None:
+    """Constants, split and device, before the first epoch; and what makes figures worth less."""
+    constants = [f"{name} = {config[name]!r}" for name in (*CONSTANTS, "MEL_CONFIG")]
+    print(textwrap.fill("  ".join(constants), 100))
     rows = []
-    for side, index in run.sides.items():
-        counts = run.data.label[index].bincount(minlength=len(EMOTIONS)).tolist()
-        rows.append([side, len(index), run.clips.actor[index.numpy()].nunique(), *counts])
+    for part in data.indices:
+        counts = data.labels(part).bincount(minlength=len(EMOTIONS)).tolist()
+        rows.append([part, sum(counts), clips.actor[clips.split == part].nunique(), *counts])
     print(tabulate(rows, headers=["", "spectrograms", "actors", *EMOTIONS]))
-    for side, _, n_actors, *counts in rows:
-        absent = ", ".join(name for name, n in zip(EMOTIONS, counts, strict=True) if not n)
-        if absent:
-            print(f"Note: no clip of {absent} to {side}.")
-        if n_actors < 3 and side != "train":
-            print(f"Note: {n_actors} actor(s) to {side}: figures of so few people say little about others.")
-    if (n := len(run.sides["train"]) // (BATCH_SIZE * PROCESSES)) < 20:
-        print(f"Note: an epoch has {n} step(s) of BATCH_SIZE {BATCH_SIZE}: lower it, or raise EPOCHS.")
-    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    number_type = str(run.amp or torch.float32).removeprefix("torch.")
-    print(f"{run.device}, {number_type}, {millions:.1f} M parameters.")
+    for note in find_notes(clips, data):
+        print(f"Note: {note}")
+    millions = sum(p.numel() for p in state.model.parameters()) / 1e6
+    print(f"{state.device}, {dtype_name(state.dtype)}, {millions:.1f} M parameters.")
     print("Columns of two: training, validation. * best so far.", flush=True)
 
 
-def print_summary(output_dir, metrics):
+def print_epoch(row: dict[str, Any], is_best: bool) -> None:
+    """The epoch's line."""
+    n_left = EPOCHS - row["epoch"]
+    left = f"  at most {n_left * row['seconds'] / 60:.0f} min left" if n_left else ""
+    print(
+        f"epoch {row['epoch']:3d}/{EPOCHS}  loss {row['train_loss']:.3f} {row['val_loss']:.3f}  "
+        f"accuracy {100 * row['train_accuracy']:4.1f} {100 * row['val_accuracy']:4.1f} %  "
+        f"UAR {100 * row['val_uar']:4.1f} %  lr {row['learning_rate']:.1e}  "
+        f"{row['seconds']:.0f} s{left}{'  *' if is_best else ''}",
+        flush=True,
+    )
+
+
+def print_summary(output_dir: Path, metrics: dict[str, Any]) -> None:
     """The closing lines: figures of best_model.pth, and where everything is."""
     minutes = metrics["seconds"] / 60
-    print(f"\nBest epoch {metrics['best_epoch']} of {metrics['epochs']}, {minutes:.1f} minutes. Clips not trained on:")
+    print(
+        f"\nBest epoch {metrics['best_epoch']} of {metrics['epochs']}, {minutes:.1f} minutes. "
+        "Clips that were not trained on:"
+    )
     rows = []
-    for side in ("val", "test"):
-        m = metrics[side]
-        percent = [f"{100 * m[key]:.1f} %" for key in ("accuracy", "uar", "macro_f1", "ece")]
-        rows.append([side, *percent, m["n_clips"], m["n_actors"]])
+    for part in ("val", "test"):
+        figures = metrics[part]
+        percent = [f"{100 * figures[key]:.1f} %" for key in ("accuracy", "uar", "macro_f1", "ece")]
+        rows.append([part, *percent, figures["n_clips"], figures["n_actors"]])
     print(tabulate(rows, headers=["", "accuracy", "UAR", "macro-F1", "ECE", "clips", "actors"]))
     if metrics["test"]["uar_ci95"]:
         low, high = metrics["test"]["uar_ci95"]
         print(f"Test UAR, 95 % interval over actors: {100 * low:.1f} to {100 * high:.1f} %")
     if SPLIT == "clip":
-        print('SPLIT = "clip" has the same voices in training and test: optimistic for new voices.')
+        print('SPLIT = "clip" has the same voices in training and test: optimistic for others.')
     print(f"Files: {output_dir}")
     print(
-        f"Next:  python custom2_tester.py --input_dir WAVS --model_path {output_dir}/best_model.pth "
-        "--output_dir results"
+        "Next:  python custom2_tester.py --input_dir RECORDINGS --output_dir results "
+        f"--model_path {output_dir}/best_model.pth"
     )
+
+
+# --------------------------------------------------------------------------------------
+# Files
+
+
+def count(n: int, noun: str) -> str:
+    """A number and its noun: "1 file", "1,200 files"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+class SteadyStream:
+    """Standard output or error, of which a closed pipe ends the printing and not the run.
+
+    Control characters, which file names may hold, are escaped.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        """Writes what can be shown."""
+        shown = "".join(c if c.isprintable() or c in "\n\r\t" else repr(c)[1:-1] for c in text)
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+
+    def flush(self) -> None:
+        """Flushes; a pipe that is closed becomes the null device, or Python would fail at exit."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (AttributeError, OSError, ValueError):
+            pass
+
+
+@contextlib.contextmanager
+def steady_streams() -> Iterator[None]:
+    """Standard output and error as SteadyStreams; without an error stream, both are the output."""
+    output = SteadyStream(sys.stdout)
+    error = SteadyStream(sys.stderr or sys.stdout)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+        try:
+            yield
+        finally:
+            output.flush()
+            error.flush()
+
+
+def escape_formula(value: Any, column: str) -> Any:
+    """A cell that a spreadsheet would run as a formula, made harmless; numbers stay.
+
+    A path gets ./ before it, other text an apostrophe. Source: OWASP, "CSV Injection".
+    """
+    if not isinstance(value, str) or not re.match(r"'*[=+\-@\t\r]", value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"./{value}" if column == "file" else f"'{value}"
+    return value
+
+
+def csv_lines(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
+    """Rows as lines of CSV in UTF-8; names that are no UTF-8 keep their bytes."""
+    text = io.StringIO(newline="")
+    for row in rows:
+        cells = [escape_formula(row.get(column, ""), column) for column in columns]
+        # Python before 3.13 does not see by itself that a carriage return needs quotes.
+        quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
+        csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a table as CSV, atomically."""
+    header = dict(zip(columns, columns, strict=True))
+    with atomic_write(path) as file:
+        file.write(csv_lines(columns, [header, *rows]))
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file that takes the name `path` once it is written: whole, or not there.
+
+    Until then its name cannot be guessed, so that nobody can plant a link there.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:  # a full disk's own names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files that killed runs left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_lock(
+    folder: Path, exclusive: bool = True
+) -> Iterator[tuple[bool, Callable[[], object]]]:
+    """Holds a folder until the block or the process ends.
+
+    If `exclusive`, raises UserError where another process holds it; else waits until those that
+    hold it share it. Yields whether this process has it alone, and a function that shares it.
+    Source: flock(2). Windows lacks it: nothing is checked there.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield False, int
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    alone = False
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except BlockingIOError:
+            if exclusive:
+                raise UserError(
+                    f"{folder} is in use: another run is writing there. Wait for its end, or name "
+                    "another folder."
+                ) from None
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except OSError as error:  # a file system without locks
+            print(f"Note: {folder} cannot be locked ({error.strerror}): start one run at a time.")
+        yield alone, functools.partial(fcntl.flock, descriptor, fcntl.LOCK_SH) if alone else int
+    finally:
+        os.close(descriptor)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table, as write_csv or a spreadsheet writes it, up to the first NUL.
+
+    A NUL is a power cut's mark. Raises OSError; an empty table has no rows.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for forever
+        raise OSError(None, "not a regular file", str(path))
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        text = file.read().split("\0")[0]
+    rows = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    return [
+        {name: unescape_formula(cell, name) for name, cell in row.items() if name is not None}
+        for row in rows
+    ]
+
+
+def unescape_formula(cell: str, column: str) -> str:
+    """What escape_formula was given."""
+    if column == "file":
+        return re.sub(r"^\./(?=[=+\-@\t\r])", "", cell)
+    return re.sub(r"^'(?='*[=+\-@\t\r])", "", cell)
+
+
+def write_run_record(path: Path, packages: Iterable[str], details: dict[str, Any]) -> None:
+    """Writes run.json: what it takes to repeat the run."""
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    record = {"command": sys.argv, "platform": platform.platform()} | details
+    record["threads"] = torch.get_num_threads()  # the last digits depend on it
+    record["versions"] = {"python": platform.python_version()} | versions
+    write_text(path, json.dumps(record, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text in UTF-8, atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The dict that torch.save wrote; nothing in the file is executed. Raises UserError.
+
+    torch.load checks no CRC, so that a flipped bit would load: the zip's own are checked first.
+    Ours are stored, not compressed: what unpacks to more than the file is a bomb.
+    """
+    try:
+        if not path.is_file():
+            raise OSError(None, "no such file" if not path.exists() else "not a regular file")
+        with zipfile.ZipFile(path) as archive:
+            if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it unpacks to more than its size")
+            if record := archive.testzip():
+                raise ValueError(f"the checksum of its record {record} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from error
+    except Exception as error:  # bytes from anywhere make the unpickler raise anything
+        raise UserError(
+            f"{path} is damaged, or no checkpoint to be read safely ({str(error)[:100]}): take "
+            "the file that cremad_custom2.py wrote."
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is no checkpoint of cremad_custom2.py.")
+    return checkpoint
+
+
+def read_best_model(path: Path, device: torch.device) -> tuple[EmotionClassifier, dict[str, Any]]:
+    """The model of our own best_model.pth in evaluation mode, and the file's dict."""
+    checkpoint = read_checkpoint(path)
+    model = EmotionClassifier(**checkpoint["model_config"])
+    model.load_state_dict(checkpoint["model_state_dict"])
+    return model.to(device).eval(), checkpoint
+
+
+def training_config(
+    clips: pd.DataFrame, mel_config: dict[str, Any], data: Spectrograms
+) -> dict[str, Any]:
+    """Constants, mel settings, hashes of split and data: what a resumed run must share."""
+    split = clips[["stem", "variant", "split"]].to_csv(index=False, lineterminator="\n")
+    split_bytes = split.encode("utf-8", "surrogateescape")
+    rounded = {  # last digits differ between machines
+        name: [round(x, 6) for x in values] for name, values in data.normalization.items()
+    }
+    return {name: globals()[name] for name in (*CONSTANTS, "WORLD_SIZE")} | {
+        "MEL_CONFIG": mel_config,
+        "SPLIT_SHA256": hashlib.sha256(split_bytes).hexdigest(),
+        "DATA_SHA256": hashlib.sha256(json.dumps(rounded).encode()).hexdigest(),
+    }
+
+
+def model_config(n_mels: int) -> dict[str, Any]:
+    """All that the model's constructor takes."""
+    return {
+        "n_mels": n_mels,
+        "n_classes": len(EMOTIONS),
+        "channels": CHANNELS,
+        "strides": STRIDES,
+        "hidden": HIDDEN,
+        "heads": HEADS,
+        "dropout": DROPOUT,
+    }
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """torch.save, atomically, with a full disk told as the OSError that it is."""
+    with atomic_write(path) as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            raise OSError(None, f"could not be written (is the disk full?): {error}") from error
+
+
+def save_progress(state: TrainState, config: dict[str, Any]) -> None:
+    """Writes last_checkpoint.pth and history.csv."""
+    output_dir = Path(OUTPUT_DIR)
+    save_checkpoint(output_dir / "last_checkpoint.pth", state.state_dict() | {"config": config})
+    write_csv(output_dir / "history.csv", list(state.history[0]), state.history)
+
+
+def save_best_model(
+    state: TrainState,
+    data: Spectrograms,
+    clips: pd.DataFrame,
+    config: dict[str, Any],
+    temperature: float,
+) -> None:
+    """Writes best_model.pth: tensors and plain Python values, so that weights_only=True loads it.
+
+    It is made to be given away: no path of this machine, but the speakers, so that nobody tests
+    on a voice that trained it.
+    """
+    split = SPLIT if SPLIT in ("actor", "clip") else "csv"
+    public = {
+        name: value for name, value in config.items() if name not in ("MEL_DIR", "OUTPUT_DIR")
+    }
+    checkpoint = {
+        "format_version": FORMAT_VERSION,
+        "model_state_dict": {k: v.cpu() for k, v in state.ema.module.state_dict().items()},
+        "model_config": model_config(config["MEL_CONFIG"]["n_mels"]),
+        "mel_config": config["MEL_CONFIG"],
+        "normalization": data.normalization,
+        "max_width": MAX_WIDTH,
+        "classes": [{"code": code, "name": name} for code, name in EMOTIONS.items()],
+        "temperature": temperature,
+        "level": data.level,
+        "speakers": {
+            part: sorted(set(clips.actor[clips.split == part])) for part in ("train", "val")
+        },
+        "epoch": state.best_epoch,
+        "metrics": state.history[-1],
+        "training_config": public | {"SPLIT": split},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+        },
+    }
+    save_checkpoint(Path(OUTPUT_DIR) / "best_model.pth", checkpoint)
+
+
+def read_progress(output_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What last_checkpoint.pth holds; None if there is none; UserError for different settings."""
+    path = output_dir / "last_checkpoint.pth"
+    if not path.exists():
+        print(f"RESUME = True, but there is no {path} yet: starting with epoch 1.")
+        return None
+    if not (output_dir / "best_model.pth").exists():
+        raise UserError(
+            f"RESUME = True, but {output_dir}/best_model.pth is gone: put it back, or set "
+            "RESUME = False to start anew."
+        )
+    progress = read_checkpoint(path)
+    before = progress.get("config")
+    is_ours = {"model", "ema", "history", "device_type"} <= progress.keys()
+    if not is_ours or not isinstance(before, dict):
+        raise UserError(f"RESUME = True, but {path} is no checkpoint of this script.")
+    if changed := [
+        f"{name} was {before.get(name)!r}, now {value!r}"
+        for name, value in config.items()
+        if name not in MAY_CHANGE and before.get(name) != value
+    ]:
+        raise UserError(
+            f"RESUME = True, but {path} is of a training with different settings "
+            f"({'; '.join(changed)}): set them back, or name another OUTPUT_DIR."
+        )
+    print(f"Going on from {path}, after epoch {len(progress['history'])}.")
+    return progress
+
+
+def prepare_folder(output_dir: Path, clips: pd.DataFrame, is_resumed: bool) -> None:
+    """Clears OUTPUT_DIR of what earlier runs left, and writes split.csv."""
+    remove_leftovers(output_dir)
+    if not is_resumed:
+        move_earlier(output_dir)
+    columns = ["stem", "actor", "emotion", "split"]
+    rows = clips.drop_duplicates("stem")[columns].to_dict("records")
+    write_csv(output_dir / "split.csv", columns, rows)
+
+
+def move_earlier(output_dir: Path) -> None:
+    """Moves an earlier training's files to a new folder: nothing destroys them, nothing mixes in."""
+    # fmt: off
+    names = ("best_model.pth", "last_checkpoint.pth", "history.csv", "training_history.png",
+             "confusion_matrix.png", "classification_report.txt", "test_report.png", "metrics.json",
+             "test_predictions.csv", "split.csv", "run.json")
+    # fmt: on
+    found = [output_dir / name for name in names if (output_dir / name).exists()]
+    if not found:
+        return
+    date = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        folder = output_dir / f"earlier_{date}{suffix}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            break
+    for path in found:
+        path.rename(folder / path.name)
+    print(f"An earlier training's files are kept in {folder}.")
 
 
 # --------------------------------------------------------------------------------------
 # Main
 
 
-def parse_args():
-    """No arguments but --help; another one ends the program with exit status 2."""
+def parse_args(argv: Sequence[str] | None = None) -> None:
+    """No arguments but --help; exits with status 2 for any other."""
     formatter = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser("python cremad_custom2.py", description=__doc__, formatter_class=formatter).parse_args()
+    parser = argparse.ArgumentParser(
+        "python cremad_custom2.py", description=__doc__, formatter_class=formatter
+    )
+    _, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(
+            f"{' '.join(unknown)}: there are no arguments. Edit the constants at the top of "
+            f"{Path(__file__).name}, from the line '# Constants' on."
+        )
 
 
-def configuration(clips, mel_config, normalization):
-    """The constants, mel settings, fingerprints of split and data: what a resumed run must share with the first."""
-    split = clips[["stem", "variant", "split"]].to_csv(index=False, lineterminator="\n")
-    split = split.encode("utf-8", "surrogateescape")
-    data = json.dumps({k: [round(x, 6) for x in v] for k, v in normalization.items()}).encode()  # last bits differ
-    prints = {"SPLIT_SHA256": hashlib.sha256(split).hexdigest(), "DATA_SHA256": hashlib.sha256(data).hexdigest()}
-    return {name: globals()[name] for name in (*SETTINGS, "PROCESSES")} | {"MEL_CONFIG": mel_config} | prints
-
-
-def main():
+def train_model() -> int:
     """Reads, splits, trains, reports."""
-    parse_args()
-    with contextlib.suppress(AttributeError):  # IDLE and notebooks have outputs of their own
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
+    started = time.perf_counter()
     check_constants()
-    started, (device, amp), output_dir = time.perf_counter(), pick_device(), Path(OUTPUT_DIR)
+    device = pick_device()
     join_processes(device)
-    amp = agreed(amp)
-    torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
-    mel_config = read_mel_config(Path(MEL_DIR))
-    clips = assign_split(list_clips(Path(MEL_DIR)))
+    mel_config, n_originals = read_mel_config(Path(MEL_DIR))
+    spectrograms = list_clips(Path(MEL_DIR))
+    print_unfinished_note(spectrograms, n_originals)
+    clips = assign_split(spectrograms)
+    output_dir = Path(OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if RANK == 0:
-        lock(output_dir)
-    run = Run(clips, mel_config, device, amp)
-    print_setup(run)
-    if RESUME:
-        run.resume()
-    elif RANK == 0:
-        keep_previous(output_dir)
-    if RANK == 0:
-        who = clips.drop_duplicates("stem")[["stem", "actor", "emotion", "split"]]
-        write_text(output_dir / "split.csv", who.to_csv(index=False, lineterminator="\n"))
-    check_alike(run)
-    train(run)
-    if RANK == 0:
-        finish(run, time.perf_counter() - started)
-    if PROCESSES > 1:
-        torch.distributed.barrier()  # a process that leaves while rank 0 still writes would end them all
-        sys.stdout.flush()
-        os._exit(0)  # with nothing taken down: there Gloo's threads abort now and then
+    with folder_lock(output_dir) if RANK == 0 else contextlib.nullcontext():
+        data = Spectrograms(clips, mel_config["n_mels"])
+        data.to_gpu_if_it_fits(device)
+        config = training_config(clips, mel_config, data)
+        progress = on_rank_0(read_progress, output_dir, config) if RESUME else None
+        dtype = on_rank_0(choose_dtype, device, progress)
+        state = TrainState(model_config(mel_config["n_mels"]), device, dtype)
+        if progress:
+            state.load_state_dict(progress)
+        if RANK == 0:
+            prepare_folder(output_dir, clips, is_resumed=bool(progress))
+        print_setup(clips, data, state, config)
+        fit(state, data, clips, config)
+        if RANK == 0:
+            report(output_dir, data, clips, state, config, started)
+    leave_processes()
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the training, and tells errors as sentences; returns the exit status."""
+    with steady_streams():
+        parse_args(argv)
+        # oneDNN keeps memory for every shape that it has met, 1,024 by default: gigabytes.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+        torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
+        try:
+            # pyarrow, where it is installed, refuses names that are no UTF-8.
+            with pd.option_context("mode.string_storage", "python"):
+                return train_model()
+        except UserError as error:
+            message, status = str(error), 1
+        except torch.OutOfMemoryError:
+            message = f"The GPU has too little memory: lower BATCH_SIZE ({BATCH_SIZE}), or set "
+            message += 'DEVICE = "cpu" and RESUME = True.'
+            status = 1
+        except OSError as error:
+            what = f"{error.filename or OUTPUT_DIR}: {error.strerror or error}"
+            message = f"{what}. The epochs that ended are in {OUTPUT_DIR}: fix this, set "
+            message += "RESUME = True and run again."
+            status = 1
+        except KeyboardInterrupt:
+            message = "\nStopped. The epochs that ended are in OUTPUT_DIR: set RESUME = True and "
+            message += "run again."
+            status = 130
+        print(message, file=sys.stderr)
+        return status
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except torch.OutOfMemoryError:
-        words = f'lower BATCH_SIZE ({BATCH_SIZE}), or set DEVICE = "cpu" and RESUME = True.'
-        sys.exit(f"The GPU has too little memory: {words}")
-    except OSError as error:
-        sys.exit(
-            f"{error.filename or OUTPUT_DIR}: {error.strerror or error}. The epochs that ended are in {OUTPUT_DIR}: "
-            "mend this, set RESUME = True and run again."
-        )
+    sys.exit(main())
