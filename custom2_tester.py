@@ -1,21 +1,23 @@
 """Classifies sound files by emotion with the model of cremad_custom2.py.
 
-    python custom2_tester.py --input_dir my_wavs --model_path output/best_model.pth --output_dir results
-    python custom2_tester.py --input_dir one.wav --model_path output/best_model.pth --output_dir one --cpu --visualize
+    python custom2_tester.py --input_dir my_recordings --output_dir results
+    python custom2_tester.py --input_dir my_recordings --output_dir results --visualize
+    python custom2_tester.py --input_dir one.wav --model_path output/best_model.pth --output_dir one
 
---input_dir is a folder of .wav and .flac files, searched through, or one such file. Everything that
-features need (mel settings, normalisation, classes, sizes) comes from the checkpoint. Writes, in --output_dir:
+--input_dir is a folder of sound files, searched through, or one such file. Everything that
+features need (mel settings, normalisation, classes, sizes) comes from the checkpoint. Writes, in
+--output_dir:
 
-    classification_results.csv    a row a file: predicted class, confidence, probability of each class, error
+    classification_results.csv    a row a file: class, confidence, probability of each class, error
     summary.csv                   count, percentage and mean confidence of each class
     confidence_distribution.png   how sure the model was, by class
-    confusion_matrix.png, classification_report.txt    where file names tell the emotion (1001_DFA_ANG_XX.wav)
+    confusion_matrix.png, classification_report.txt    where names or --labels tell the emotion
     mel_spectrograms/*.png        --visualize: a picture a file
     segments.csv                  --segments: a row a window of 3 s
-    run.json                      arguments, versions, platform: what it takes to repeat the run
+    run.json                      options, versions, platform: what it takes to repeat the run
 
-Exit status: 0 finished, 1 had to stop or nothing could be classified (--strict: or a file failed),
-2 wrong arguments, 130 Ctrl-C.
+Exit status: 0 finished, 1 had to stop or nothing could be classified (--strict: or a file
+failed), 2 wrong arguments, 130 Ctrl-C.
 """
 
 import argparse
@@ -28,332 +30,386 @@ import io
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import platform
 import re
+import secrets
+import shutil
 import signal
+import stat
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
-from collections import Counter, namedtuple
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-
-
-def stop(message, *_):
-    """Ctrl-C: a sentence, and out at once. Every file that has its final name is whole, so nothing needs undoing."""
-    for process in multiprocessing.active_children():
-        process.kill()
-    os.write(2, message)
-    os._exit(130)  # no exception, which could break into a library's own code and end in its traceback
-
-
-if __name__ == "__main__":
-    message = b"\nStopped. The rows that were written stay: the same command with --resume goes on from there.\n"
-    signal.signal(signal.SIGINT, functools.partial(stop, message))  # before the imports that take seconds
-
-# oneDNN keeps memory for every shape that it has met, 1,024 by default: gigabytes, and no faster.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import matplotlib
-
-matplotlib.use("Agg")
-import librosa
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import soundfile
+import soxr
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
-
-pd.set_option("mode.string_storage", "python")  # pyarrow, where it is installed, refuses names that are no UTF-8
 
 # --------------------------------------------------------------------------------------
 # Constants
 
-AUDIO_SUFFIXES = (".wav", ".flac")
-MOST_SAMPLES = 2**40  # a file that claims more does not know its own length
-BATCHES_AT_ONCE = 4  # batches of files read ahead, sorted by length, and written together
-SHOWN_FILES = 20  # at most this many rows on the screen
-FORMAT_VERSION = 1
-ROW_START = ("file", "predicted_class", "predicted_code", "confidence")  # the columns of the results, classes between
-ROW_END = ("duration_s", "true_class", "error", "unheard_s", "uncertain")
-ERROR = ROW_END.index("error") - len(ROW_END)
-LINES = ("#D55E00", "#009E73", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7")  # Okabe and Ito's colours
-SEGMENT_START = ("file", "start_s", "end_s", "predicted_class", "confidence")
-Answer = namedtuple("Answer", "path start mel seconds error probabilities")  # for a window of a file
-RUN_OPTIONS = ("max_width", "segments", "window", "step", "min_confidence")  # rows depend on these, model and input
+# fmt: off
+SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".aifc", ".au",
+                      ".caf", ".w64", ".rf64")
+FFMPEG_SUFFIXES = (".m4a", ".mp4", ".m4b", ".webm", ".mkv", ".mov", ".wma", ".aac", ".amr", ".3gp")
+# fmt: on
+MAX_DECODED = 2**27  # samples of all channels that are decoded at once: 512 MB
+MAX_NAME_BYTES = 255  # of a file name, on every usual file system
+FORMAT_VERSION = 2  # of best_model.pth
+BATCHES_AHEAD = 4  # batches of files read ahead, sorted by length, and written together
+MAX_ROWS_SHOWN = 20  # on the screen
+DB_RANGE = (-60, 20)  # of all pictures: loudness is a cue
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's, for the colour-blind
+# of classes in a timeline: Okabe and Ito's, and again with other markers from the ninth on
+COLOURS = ("#D55E00", "#009E73", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#999999")
+IMAGE_STYLE = {"cmap": "magma", "origin": "lower", "aspect": "auto"}
+BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} files [{elapsed}<{remaining}]"
+PACKAGES = (
+    "matplotlib",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "seaborn",
+    "soundfile",
+    "soxr",
+    "torch",
+)
+
+
+class UserError(Exception):
+    """Something that the user can fix, in words for the user."""
 
 
 # --------------------------------------------------------------------------------------
-# Reading
+# Audio
 
 
-def native(path):
-    """A path as libsndfile takes it: bytes, so that names that are no UTF-8 work too; on Windows text."""
+class AudioError(Exception):
+    """Why a sound file cannot be used, in words for the user."""
+
+
+def find_audio(folder: Path) -> tuple[list[str], dict[str, str], int]:
+    """Sound files below a folder, by suffix: relative paths with "/", sorted.
+
+    Besides, subfolders that cannot be entered, with the reason, and how many ._NAME files, which
+    hold macOS's notes and no sound, were passed over. Links to folders are not followed.
+    """
+    paths = []
+    closed = {}
+    n_ignored = 0
+
+    def note_closed(error: OSError) -> None:
+        relative = Path(error.filename).relative_to(folder).as_posix()
+        closed[f"{relative}/"] = f"unreadable: the folder cannot be entered ({error.strerror})"
+
+    for parent, _, names in os.walk(folder, onerror=note_closed):
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix.lower() in SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES:
+                if name.startswith("._"):
+                    n_ignored += 1
+                else:
+                    paths.append(path.relative_to(folder).as_posix())
+    return sorted(paths), closed, n_ignored
+
+
+def encode_path(path: Path) -> str | bytes:
+    """A path as libsndfile takes it: bytes, so that names that are no UTF-8 work too."""
     return os.fspath(path) if os.name == "nt" else os.fsencode(path)
 
 
-def check_head(path):
-    """Raises ValueError, with the reason in words, for a file whose first bytes tell that it is no sound."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("unreadable: no regular file")  # a pipe would be waited for for ever
+def check_file(path: Path) -> None:
+    """Raises AudioError for a file whose kind or first bytes tell that it is no sound."""
     try:
-        with open(path, "rb") as file:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for forever
+            raise AudioError("unreadable: not a regular file")
+        with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise ValueError(f"unreadable: {error.strerror}") from error
+        raise AudioError(f"unreadable: {error.strerror}") from error
     if head.startswith(b"version https://git-lfs"):
-        raise ValueError("Git LFS pointer, not audio: run 'git lfs pull' in the corpus's folder")
+        raise AudioError("Git LFS pointer, not audio: run 'git lfs pull' in the corpus's folder")
     if not head:
-        raise ValueError("empty: the file has 0 bytes")
+        raise AudioError("empty: the file has 0 bytes")
 
 
-def load_audio(path, sample_rate, hop_length, start=0.0, seconds=None):
-    """Decodes a sound file, or `seconds` of it from `start` on, to mono at sample_rate.
+def decode_with_ffmpeg(path: Path, wav: Path, seconds: float | None = None) -> float | None:
+    """Decodes a file, or its first `seconds`, into a WAV that libsndfile reads.
 
-    Returns float32 (samples,), full scale 1. Channels are averaged; other rates are resampled
-    with soxr's high-quality filter. Raises ValueError, with the reason in words, for whatever
-    holds nothing to classify.
+    Returns the whole file's length in seconds as ffmpeg tells it, or None where it tells none.
     """
-    check_head(path)
+    if shutil.which("ffmpeg") is None:
+        raise AudioError(
+            "needs ffmpeg: install it (apt install ffmpeg, brew install ffmpeg), or convert the "
+            f'folder elsewhere: for f in *{path.suffix}; do ffmpeg -i "$f" "$f.wav"; done'
+        )
+    command = ["ffmpeg", "-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info", "-y"]
+    command += ["-protocol_whitelist", "file", "-i", path.absolute(), "-vn"]
+    command += [] if seconds is None else ["-t", f"{seconds:.3f}"]
+    command += ["-c:a", "pcm_f32le", "-rf64", "auto", wav.absolute()]
     try:
-        with soundfile.SoundFile(native(path)) as file:
-            rate = file.samplerate
-            if file.frames > MOST_SAMPLES:
-                raise ValueError("unreadable: its header does not tell its length; convert it: ffmpeg -i this new.wav")
-            file.seek(int(start * rate))
-            samples = file.read(-1 if seconds is None else math.ceil(seconds * rate), "float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"unreadable: {getattr(error, 'error_string', error)}") from error
-    if not len(samples):
-        raise ValueError("empty: a sound file without samples")
-    if rate < 1000:
-        raise ValueError(f"unreadable: a sampling rate of {rate} Hz")
-    if not np.abs(samples).max() < 1e15:  # the power of larger samples overflows float32
-        raise ValueError("not finite: NaN, infinite or boundless samples")
-    mono = samples.mean(axis=1)
-    if np.ptp(mono) == 0:
-        part = "" if seconds is None else f" in the {seconds:.1f} s from {start:.1f} s on"
-        raise ValueError(f"silent: all samples are equal{part}")
-    if rate != sample_rate:
-        mono = librosa.resample(mono, orig_sr=rate, target_sr=sample_rate)
-    if len(mono) < hop_length:
-        raise ValueError(f"shorter than one hop: {len(mono)} samples of {hop_length} at {sample_rate} Hz")
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    except OSError as error:
+        raise AudioError(f"unreadable: ffmpeg could not be started ({error.strerror})") from error
+    text = done.stderr.decode("utf-8", "replace")
+    if done.returncode or not wav.exists():
+        lines = re.findall(r"\[(?:error|fatal)\] (.+)", text) or text.split("\n")
+        reason = next((line.strip() for line in lines if line.strip()), "no sound in it")
+        raise AudioError(f"unreadable: ffmpeg says: {reason}")
+    if length := re.search(r"Duration: (\d+):(\d+):([\d.]+)", text):
+        hours, minutes, rest = length.groups()
+        return 3600 * int(hours) + 60 * int(minutes) + float(rest)
+    return None
+
+
+def repair_wav(path: Path) -> mmap.mmap | None:
+    """A WAV that was written to a pipe, its sizes 0, with its real sizes; None for other files.
+
+    The sizes are changed in memory; the file stays as it is.
+    """
+    with path.open("rb") as file:
+        wav = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    chunk = 12
+    while chunk < min(len(wav), 2**20) and wav[chunk : chunk + 4] != b"data":
+        size = int.from_bytes(wav[chunk + 4 : chunk + 8], "little")
+        chunk += 8 + size + size % 2
+    first_sample = chunk + 8
+    riff_end = int.from_bytes(wav[4:8], "little") + 8
+    if wav[:4] != b"RIFF" or not riff_end <= first_sample < len(wav):
+        return None
+    for size_at in (4, chunk + 4):
+        size = min(len(wav) - size_at - 4, 2**32 - 1)
+        wav[size_at : size_at + 4] = size.to_bytes(4, "little")
+    return wav
+
+
+def open_sound(path: Path) -> soundfile.SoundFile:
+    """Opens a sound file for reading."""
+    file = soundfile.SoundFile(encode_path(path))
+    repaired = repair_wav(path) if file.frames == 0 else None
+    return file if repaired is None else soundfile.SoundFile(repaired)
+
+
+def read_samples(
+    file: soundfile.SoundFile, start: float, seconds: float | None, max_duration: float
+) -> np.ndarray:
+    """`seconds` of an open file from `start` on, or all the rest: float32 (frames, channels)."""
+    rate = file.samplerate
+    if not 1000 <= rate <= 1_000_000:
+        raise AudioError(f"unreadable: a sampling rate of {rate} Hz")
+    if file.frames > 2**40:  # libsndfile's mark for a length that the header does not tell
+        raise AudioError(
+            "unreadable: its header does not tell its length; convert it: ffmpeg -i this new.wav"
+        )
+    if file.frames > max_duration * rate:
+        raise AudioError(
+            f"longer than --max_duration: {file.frames / rate:,.1f} s of at most {max_duration:g}"
+        )
+    first = int(start * rate)
+    n_frames = max(0, file.frames - first)
+    if seconds is not None:
+        n_frames = min(n_frames, math.ceil(seconds * rate))
+    if n_frames * file.channels > MAX_DECODED:
+        raise AudioError(
+            f"too large: {n_frames / rate:.1f} s of {file.channels} channels at {rate} Hz; "
+            "convert it: ffmpeg -i this -ac 1 -ar 16000 new.wav"
+        )
+    if file.seekable():
+        file.seek(first)
+    while not file.seekable() and first > 0:  # GSM 6.10: what comes before is read, too
+        first -= max(1, len(file.read(min(first, 2**20), "float32")))
+    return file.read(n_frames, "float32", always_2d=True)
+
+
+def mix_to_mono(samples: np.ndarray) -> np.ndarray:
+    """Mean of the channels, (frames, channels) to (frames,), without those that would spoil it.
+
+    Channels over 30 dB under the loudest stay out (5.1 sound has most of its six all but empty).
+    Where the mean is still over 10 dB under the loudest (antiphase), that channel is taken alone.
+    """
+    power = np.square(samples, dtype=np.float64).mean(axis=0)
+    loudest = int(power.argmax())
+    mono = samples[:, power >= power[loudest] / 1000].mean(axis=1)
+    if np.square(mono, dtype=np.float64).mean() < power[loudest] / 10:
+        return samples[:, loudest]
     return mono
 
 
-@functools.cache
-def mel_filters(sample_rate, n_fft, n_mels, fmin, fmax):
-    """Triangular mel filters of equal area, as librosa.filters.mel, which takes over a second to import.
+def check_samples(samples: np.ndarray) -> None:
+    """Raises AudioError for samples (frames, channels) that are none, not finite or no sound."""
+    if not len(samples):
+        raise AudioError("empty: a sound file without samples")
+    peak = np.abs(samples).max()
+    if not np.isfinite(peak):
+        raise AudioError("not finite: NaN or infinite samples")
+    if peak > 100:
+        raise AudioError(
+            f"beyond full scale: a sample is {peak:,.0f} times as large; integers saved as floats? "
+            "Divide them by 32768"
+        )
 
-    Mel as in Slaney's "Auditory Toolbox" (1998): linear up to 1 kHz, logarithmic above. For every 16 bands
-    the slice of STFT bins that they use, and float32 weights (16, those bins): the rest is zeros.
+
+def load_audio(
+    path: Path,
+    sample_rate: int,
+    hop_length: int,
+    start: float = 0.0,
+    seconds: float | None = None,
+    max_duration: float = math.inf,
+) -> tuple[np.ndarray, float]:
+    """Decodes a sound file, or `seconds` of it from `start` on, to mono at sample_rate.
+
+    Returns float32 (samples,), full scale 1, and the whole file's length in seconds. Resampled
+    by soxr at high quality, as librosa.resample does. Raises AudioError, with the reason in
+    words, for whatever holds nothing to classify.
     """
-    linear, step = 200 / 3, math.log(6.4) / 27  # Hz a mel below 1 kHz = 15 mel; growth a mel above
-    low, high = (15 + math.log(f / 1000) / step if f > 1000 else f / linear for f in (fmin, fmax))
-    mel = np.linspace(low, high, n_mels + 2)
-    corner = np.where(mel > 15, 1000 * np.exp(step * (mel - 15)), linear * mel)[:, None]  # Hz
-    hertz, width = np.arange(n_fft // 2 + 1) * sample_rate / n_fft, np.diff(corner, axis=0)
-    rise, fall = (hertz - corner[:-2]) / width[:-1], (corner[2:] - hertz) / width[1:]
-    weights = (np.minimum(rise, fall).clip(0) * 2 / (corner[2:] - corner[:-2])).astype(np.float32)
-    groups = [weights[at : at + 16] for at in range(0, n_mels, 16)]
-    used = [np.flatnonzero(group.any(axis=0)) for group in groups]
-    bins = [slice(u.min(initial=n_fft), u.max(initial=0) + 1) for u in used]
-    return [(some, group[:, some]) for some, group in zip(bins, groups, strict=True)]
+    check_file(path)
+    if path.suffix.lower() in FFMPEG_SUFFIXES:
+        end = max_duration + 1 if seconds is None else start + seconds
+        with tempfile.TemporaryDirectory() as folder:
+            wav = Path(folder, "decoded.wav")
+            length = decode_with_ffmpeg(path, wav, None if math.isinf(end) else end)
+            samples, decoded = load_audio(
+                wav, sample_rate, hop_length, start, seconds, max_duration
+            )
+        return samples, length or decoded
+    try:
+        with open_sound(path) as file:
+            rate = file.samplerate
+            duration = file.frames / rate
+            samples = read_samples(file, start, seconds, max_duration)
+    except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
+        raise AudioError(f"unreadable: {getattr(error, 'error_string', error)}") from error
+    check_samples(samples)
+    mono = mix_to_mono(samples)
+    if np.ptp(mono) == 0:
+        end = start + len(mono) / rate
+        part = "" if len(mono) == file.frames else f" from {start:.1f} to {end:.1f} s"
+        raise AudioError(f"silent: all samples are equal{part}")
+    if rate != sample_rate:
+        mono = soxr.resample(mono, rate, sample_rate)
+    if len(mono) < hop_length:
+        raise AudioError(
+            f"shorter than one hop: {len(mono)} samples of {hop_length} at {sample_rate} Hz"
+        )
+    return mono, duration
+
+
+# --------------------------------------------------------------------------------------
+# Features
+
+
+def wrong_mel_settings(settings: dict[str, Any]) -> str:
+    """What is wrong with mel settings, in words; "" if nothing is."""
+    whole = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
+    for name, (least, most) in whole.items():
+        if type(settings[name]) is not int or not least <= settings[name] <= most:
+            return f"{name} is {settings[name]!r}: must be a whole number, {least:,} to {most:,}"
+    n_fft = settings["n_fft"]
+    if settings["n_mels"] > n_fft // 2:
+        return f"n_mels is {settings['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
+    if type(settings["hop_length"]) is not int or not 1 <= settings["hop_length"] <= n_fft:
+        return f"hop_length is {settings['hop_length']!r}: must be 1 to n_fft, {n_fft}"
+    fmin, fmax, nyquist = settings["fmin"], settings["fmax"], settings["sample_rate"] / 2
+    if {type(fmin), type(fmax)} - {int, float} or not 0 <= fmin < fmax <= nyquist:
+        return (
+            f"fmin is {fmin!r}, fmax {fmax!r}: must be 0 <= fmin < fmax <= {nyquist:g} Hz, "
+            "half of sample_rate"
+        )
+    return ""
 
 
 @functools.cache
-def hann(size):
+def mel_filters(sample_rate: int, n_fft: int, n_mels: int, fmin: float, fmax: float) -> np.ndarray:
+    """Triangular mel filters of equal area, float32 (mel bands, STFT bins).
+
+    As librosa.filters.mel, which takes over a second to import. Mel as in Slaney's "Auditory
+    Toolbox" (1998): linear up to 1 kHz = 15 mel, logarithmic above.
+    """
+    linear = 200 / 3  # Hz a mel below 1 kHz
+    growth = math.log(6.4) / 27  # of the logarithm, a mel above
+
+    def to_mel(hertz: float) -> float:
+        return 15 + math.log(hertz / 1000) / growth if hertz > 1000 else hertz / linear
+
+    mel = np.linspace(to_mel(fmin), to_mel(fmax), n_mels + 2)
+    corners = np.where(mel > 15, 1000 * np.exp(growth * (mel - 15)), linear * mel)[:, None]  # Hz
+    bins = np.arange(n_fft // 2 + 1) * sample_rate / n_fft  # Hz
+    widths = np.diff(corners, axis=0)
+    rise = (bins - corners[:-2]) / widths[:-1]
+    fall = (corners[2:] - bins) / widths[1:]
+    triangles = np.minimum(rise, fall).clip(0)  # (n_mels, bins)
+    return (triangles * 2 / (corners[2:] - corners[:-2])).astype(np.float32)
+
+
+@functools.cache
+def hann(size: int) -> np.ndarray:
     """Periodic Hann window, float32 (size,)."""
     return np.hanning(size + 1)[:-1].astype(np.float32)
 
 
-def stft(samples, n_fft, hop_length):
-    """Short-time Fourier transform as librosa.stft: periodic Hann window, frames centred by zero padding.
+def stft_blocks(samples: np.ndarray, n_fft: int, hop_length: int) -> Iterator[np.ndarray]:
+    """Short-time Fourier transform as librosa.stft: Hann window, frames centred by zero padding.
 
-    Returns complex64 (1 + samples // hop_length, n_fft // 2 + 1), a frame to a row.
+    Yields complex64 (frames, n_fft // 2 + 1), all 1 + samples // hop_length frames in a few
+    blocks: those of an hour at once would fill the memory.
     """
-    window = n_fft * hann(n_fft)  # undoes the norm below, in which numpy stays in float32: six times as quick
+    # norm="forward" keeps numpy in float32, six times as fast; the window undoes that norm.
+    window = n_fft * hann(n_fft)
     padded = np.pad(samples, n_fft // 2)
     frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop_length]
-    blocks = range(0, len(frames), 1024)  # an hour's windowed frames at once would fill the memory
-    return np.concatenate([np.fft.rfft(frames[at : at + 1024] * window, norm="forward") for at in blocks])
+    size = max(1, 2**21 // n_fft)
+    for start in range(0, len(frames), size):
+        yield np.fft.rfft(frames[start : start + size] * window, norm="forward")
 
 
-def log_mel(samples, sample_rate, n_fft, hop_length, n_mels, fmin, fmax):
+def log_mel(
+    samples: np.ndarray,
+    sample_rate: int,
+    n_fft: int,
+    hop_length: int,
+    n_mels: int,
+    fmin: float,
+    fmax: float,
+) -> np.ndarray:
     """Log-mel spectrogram in dB at absolute level, float32 (mel bands, frames).
 
     Equals librosa.power_to_db(librosa.feature.melspectrogram(...), ref=1.0, amin=1e-10,
     top_db=None): nothing is scaled to the clip's own maximum, so loudness survives.
     """
-    spectrum = stft(samples, n_fft, hop_length)
-    power = spectrum.real**2 + spectrum.imag**2
     filters = mel_filters(sample_rate, n_fft, n_mels, fmin, fmax)
-    mel = np.vstack([weights @ power[:, bins].T for bins, weights in filters])
-    return 10.0 * np.log10(np.maximum(mel, 1e-10))
-
-
-def compute_on(device):
-    """Raises RuntimeError where a device cannot compute: a GPU too old for this PyTorch still gives memory."""
-    nn.LSTM(1, 1).to(device)(torch.zeros(1, 1, 1, device=device))[0].cpu()
-
-
-def gpu_or_cpu(cpu):
-    """The GPU where there is one, unless told to keep off it."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
-    try:
-        compute_on(device)
-    except RuntimeError as error:
-        sys.exit(f"The GPU cannot be used ({str(error).splitlines()[0]}): give --cpu.")
-    return device
-
-
-def read_checkpoint(path):
-    """The dict of best_model.pth, and its file's sha256; nothing in it is executed. Any other file ends the program."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        sys.exit(f"{path}: {error.strerror}. Name the best_model.pth that cremad_custom2.py wrote.")
-    except Exception as error:  # bytes from anywhere make the unpickler raise anything
-        sys.exit(
-            f"{path} is damaged, or no checkpoint that can be read safely ({type(error).__name__}): "
-            "take the best_model.pth that cremad_custom2.py wrote."
-        )
-    needed = "format_version model_state_dict model_config mel_config normalization max_width classes temperature"
-    missing = [key for key in needed.split() if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing:
-        sys.exit(
-            f"{path} is no best_model.pth of cremad_custom2.py (it lacks {', '.join(missing)}): "
-            "name the file of that name in its OUTPUT_DIR."
-        )
-    if str(checkpoint["format_version"]) != str(FORMAT_VERSION):
-        sys.exit(
-            f"{path} has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}: "
-            "use the scripts of one release together."
-        )
-    return checkpoint | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def load_checkpoint(path, device):
-    """The model of best_model.pth in evaluation mode, and the file's dict; ends the program if it is unusable."""
-    checkpoint = read_checkpoint(path)
-    try:
-        model = EmotionClassifier(**checkpoint["model_config"])
-        model.load_state_dict(checkpoint["model_state_dict"])
-        check_contents(checkpoint)
-        noise = np.random.default_rng(0).standard_normal(checkpoint["mel_config"]["sample_rate"], np.float32)
-        mels = [log_mel(noise, **checkpoint["mel_config"])]
-        probabilities = classify(mels, model, checkpoint, checkpoint["max_width"], 1, torch.device("cpu"))
-    except Exception as error:  # contents from anywhere make anything of the above raise anything
-        sys.exit(
-            f"{path} contradicts itself ({' '.join(str(error).split())[:300] or type(error).__name__}): "
-            "take a best_model.pth as cremad_custom2.py wrote it."
-        )
-    if not (np.isfinite(probabilities).all() and all(torch.isfinite(v).all() for v in model.state_dict().values())):
-        sys.exit(f"{path} holds weights that are NaN or infinite: train again with a lower LEARNING_RATE.")
-    return model.to(device).eval(), checkpoint
-
-
-def check_contents(checkpoint):
-    """Raises ValueError for what stands beside the weights in best_model.pth and cannot be what the trainer wrote."""
-    mel, model, classes = (checkpoint[key] for key in ("mel_config", "model_config", "classes"))
-    mean, std = (torch.tensor(checkpoint["normalization"][key]) for key in ("mean", "std"))
-    temperature, width, rate = checkpoint["temperature"], checkpoint["max_width"], mel["sample_rate"]
-    bands = {len(mean), len(std), mel["n_mels"], model["n_mels"]}
-    counts = {len(classes), len({c["code"] for c in classes}), len({c["name"] for c in classes}), model["n_classes"]}
-    rules = {
-        "mel_config, model_config and normalization differ in their number of mel bands": len(bands) == 1,
-        "a deviation of the normalization is not over 0": bool((std > 0).all()),
-        "classes are not a code and a name for each of the model's outputs": len(counts) == 1,
-        "temperature is no number over 0": type(temperature) is float and 0 < temperature < math.inf,
-        "max_width is no whole number over 0": type(width) is int and width > 0,
-        "training_config is no dict": isinstance(checkpoint.setdefault("training_config", {}), dict),
-        "sample_rate is none of this world": type(rate) is int and 1000 <= rate <= 1_000_000,
-    }
-    if wrong := [words for words, good in rules.items() if not good]:
-        raise ValueError("; ".join(wrong))
-
-
-def in_shard(path, shard):
-    """Whether a file is this shard's to do, by the SHA-1 of its stem; shard: (I, N), or None for every file."""
-    return not shard or int(hashlib.sha1(os.fsencode(Path(path).stem)).hexdigest(), 16) % shard[1] == shard[0]
-
-
-def find_files(input_dir):
-    """Paths of the sound files below input_dir (or of that one file), relative to it, sorted; broken links too."""
-    if not input_dir.is_dir():
-        return [input_dir.name] if input_dir.suffix.lower() in AUDIO_SUFFIXES and os.path.lexists(input_dir) else []
-    paths = (p for p in input_dir.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and not p.is_dir())
-    return sorted(p.relative_to(input_dir).as_posix() for p in paths)
-
-
-def cut_windows(paths, folder, window, step):
-    """A (path, start in seconds) for each window to classify: one a file, at 0, if window is None."""
-    windows = []
-    for path in tqdm(paths, desc="Measuring", unit="file", leave=False, disable=window is None):
-        rest = 0.0
-        if window is not None:
-            with contextlib.suppress(soundfile.SoundFileError, OSError):  # reading it will tell
-                info = soundfile.info(native(os.path.join(folder, path)))
-                rest = info.duration - window if info.frames <= MOST_SAMPLES else 0.0
-        starts = [*np.arange(0.0, rest - 1e-6, step).tolist(), rest] if rest > 0 else [0.0]
-        windows += [(path, start) for start in starts]
-    return windows
-
-
-def read_clip(window, folder, mel_config, seconds):
-    """The log-mel spectrogram (mel bands, frames) of a file's `seconds` from a start on, or None; what is wrong, or "".
-
-    Between the two the whole file's length in seconds, or None.
-    """
-    path, start = os.path.join(folder, window[0]), window[1]
-    try:
-        samples = load_audio(path, mel_config["sample_rate"], mel_config["hop_length"], start, seconds)
-        heard = len(samples) / mel_config["sample_rate"]
-        length = heard if start + heard < seconds else soundfile.info(native(path)).duration
-        return log_mel(samples, **mel_config), length, ""
-    except (ValueError, MemoryError, soundfile.SoundFileError) as error:
-        return None, None, str(error) or "too long for this machine's memory"
-
-
-def read_ahead(windows, read, workers, size):
-    """Yields (windows, what read made of them), `size` at a time; threads prepare the next while these are used."""
-    groups = (windows[at : at + size] for at in range(0, len(windows), size))
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            begun = ((some, pool.map(read, some)) for some in groups)
-            for (some, clips), _ in itertools.pairwise(itertools.chain(begun, [None])):  # begins the next one, too
-                yield some, list(clips)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def read_rows(path, columns):
-    """The whole rows of a CSV that may be of an interrupted run, as lists; a torn last line is dropped."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        text = file.read()
-    rows = list(csv.reader(io.StringIO(text.split("\0")[0], newline="")))  # NUL: a power cut's mark
-    if rows and not text.endswith("\n"):
-        rows.pop()
-    if rows and rows[0] != columns:
-        sys.exit(f"{path} has other columns than this model's results: delete it, or name another --output_dir.")
-    return [row for row in rows[1:] if len(row) == len(columns)]
+    blocks = []
+    for spectrum in stft_blocks(samples, n_fft, hop_length):
+        power = spectrum.real**2 + spectrum.imag**2  # (frames, bins)
+        blocks.append(filters @ power.T)
+    return 10.0 * np.log10(np.maximum(np.hstack(blocks), 1e-10))
 
 
 # --------------------------------------------------------------------------------------
-# Computing
+# Model
 
 
-def inside(lengths, n_frames):
+def length_mask(lengths: Tensor, n_frames: int) -> Tensor:
     """True at each clip's own frames: (clips, n_frames)."""
     return torch.arange(n_frames, device=lengths.device) < lengths[:, None]
 
@@ -361,48 +417,58 @@ def inside(lengths, n_frames):
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions with batch norm beside a shortcut; the first one strides.
 
-    Source: He et al., "Deep Residual Learning", arXiv:1512.03385; pooled shortcut: arXiv:1812.01187.
+    Source: He et al., "Deep Residual Learning", arXiv:1512.03385; pooled shortcut: He et al.,
+    "Bag of Tricks", arXiv:1812.01187.
     """
 
-    def __init__(self, n_in, n_out, stride):
+    def __init__(self, n_in: int, n_out: int, stride: Sequence[int]) -> None:
         super().__init__()
         self.stride = tuple(stride)
-        self.conv1, self.norm1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out)
-        self.conv2, self.norm2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
-        self.shortcut, self.norm_shortcut = nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(n_out)
+        self.shortcut = nn.Conv2d(n_in, n_out, 1, bias=False)
+        self.norm_shortcut = nn.BatchNorm2d(n_out)
 
-    def forward(self, x, lengths):
-        """(B, C, T, M), zero past each clip's frames, to the same, strided; and the lengths, strided."""
-        # A fixed divisor: a clip's last, half-empty window means the same with and without padding.
-        # Pooled, not strided: PyTorch 2.13's strided 1 x 1 convolution of one channel in bfloat16 crashes on some CPUs.
-        pooled = F.avg_pool2d(x, self.stride, ceil_mode=True, divisor_override=math.prod(self.stride))
-        h = F.relu(self.norm1(self.conv1(x)))
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, T, M), zero past each clip's frames, to the same, strided; and the lengths."""
+        # A fixed divisor: a clip's last, half-empty window is the same with and without padding.
+        # Pooled, then 1 x 1: PyTorch 2.13's strided 1 x 1 convolution of one channel crashes in
+        # bfloat16 on some CPUs.
+        area = math.prod(self.stride)
+        pooled = F.avg_pool2d(x, self.stride, ceil_mode=True, divisor_override=area)
         lengths = (lengths + self.stride[0] - 1).div(self.stride[0], rounding_mode="floor")
-        mask = inside(lengths, h.shape[2])[:, None, :, None]
+        h = F.relu(self.norm1(self.conv1(x)))
+        mask = length_mask(lengths, h.shape[2])[:, None, :, None]
         h = self.norm2(self.conv2(h * mask))
         return F.relu(h + self.norm_shortcut(self.shortcut(pooled))) * mask, lengths
 
 
 class BidirectionalLSTM(nn.Module):
-    """Two LSTM layers over time, both ways along each clip's own steps, as nn.LSTM(bidirectional=True) on packed clips.
+    """Two LSTM layers over time, both ways along each clip's own steps.
 
-    Clips turned about within their padding instead of packed: on a CPU in float32, training takes 0.7 of the time.
+    As nn.LSTM(bidirectional=True) on packed clips; but clips are reversed within their padding
+    instead of packed, which on a CPU in float32 takes 0.7 of the time of a training step.
     """
 
-    def __init__(self, n_in, hidden, dropout):
+    def __init__(self, n_in: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.onward = nn.ModuleList(nn.LSTM(n, hidden, batch_first=True) for n in (n_in, 2 * hidden))
-        self.back = nn.ModuleList(nn.LSTM(n, hidden, batch_first=True) for n in (n_in, 2 * hidden))
+        sizes = (n_in, 2 * hidden)
+        self.forward_lstm = nn.ModuleList(nn.LSTM(n, hidden, batch_first=True) for n in sizes)
+        self.backward_lstm = nn.ModuleList(nn.LSTM(n, hidden, batch_first=True) for n in sizes)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, steps):
-        """(B, T, C) and each clip's own steps (B,) to (B, T, 2 * hidden); what stands past those steps is undefined."""
-        step, last = torch.arange(x.shape[1], device=x.device), steps[:, None] - 1
-        turned = torch.where(step <= last, last - step, step)[:, :, None]  # (B, T, 1)
-        for layer in (0, 1):
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, C) and each clip's own steps (B,) to (B, T, 2 * hidden), undefined past those."""
+        step = torch.arange(x.shape[1], device=x.device)
+        last = lengths[:, None] - 1
+        reverse = torch.where(step <= last, last - step, step)[:, :, None]  # (B, T, 1)
+        for forward_lstm, backward_lstm in zip(self.forward_lstm, self.backward_lstm, strict=True):
             x = self.dropout(x)
-            back, _ = self.back[layer](x.gather(1, turned.expand_as(x)))
-            x = torch.cat([self.onward[layer](x)[0], back.gather(1, turned.expand_as(back))], 2)
+            ahead, _ = forward_lstm(x)
+            back, _ = backward_lstm(x.gather(1, reverse.expand_as(x)))
+            x = torch.cat([ahead, back.gather(1, reverse.expand_as(back))], 2)
         return x
 
 
@@ -412,686 +478,1402 @@ class AttentivePooling(nn.Module):
     Source: Okabe et al., "Attentive Statistics Pooling", arXiv:1803.10963.
     """
 
-    def __init__(self, n):
+    def __init__(self, n: int) -> None:
         super().__init__()
         self.score = nn.Sequential(nn.Linear(n, 128), nn.Tanh(), nn.Linear(128, 1))
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(B, T, n) and True at each clip's own steps (B, T) to (B, 2 * n)."""
-        weight = self.score(x).float().masked_fill(~mask[:, :, None], -torch.inf).softmax(1)  # (B, T, 1)
+        score = self.score(x).float().masked_fill(~mask[:, :, None], -torch.inf)
+        weight = score.softmax(1)  # (B, T, 1)
         mean = (weight * x).sum(1)
         variance = (weight * (x - mean[:, None]).square()).sum(1)
         return torch.cat([mean, (variance + 1e-4).sqrt()], 1)
 
 
 class EmotionClassifier(nn.Module):
-    """Four residual CNN blocks, bidirectional LSTM over time, self-attention, three fully connected layers.
+    """Four residual CNN blocks, bidirectional LSTM, self-attention, three fully connected layers.
 
-    In evaluation a clip's logits do not depend on its batch's padding: nothing sees past a clip's own frames.
+    In evaluation a clip's logits do not depend on its batch's padding: nothing sees past a
+    clip's own frames.
     """
 
-    def __init__(self, n_mels, n_classes, channels, strides, hidden, heads, dropout):
+    def __init__(
+        self,
+        n_mels: int,
+        n_classes: int,
+        channels: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        hidden: int,
+        heads: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(map(ResidualBlock, (1, *channels[:-1]), channels, strides))
+        inputs = (1, *channels[:-1])
+        self.blocks = nn.ModuleList(map(ResidualBlock, inputs, channels, strides))
         bands = n_mels
         for _, stride in strides:
             bands = -(-bands // stride)
         self.lstm = BidirectionalLSTM(channels[-1] * bands, hidden, dropout)
-        self.attention = nn.MultiheadAttention(2 * hidden, heads, dropout=dropout, batch_first=True)
+        self.attention = nn.MultiheadAttention(2 * hidden, heads, dropout, batch_first=True)
         self.norm = nn.LayerNorm(2 * hidden)
         self.pooling = AttentivePooling(2 * hidden)
         self.head = nn.Sequential(
-            nn.Linear(4 * hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout),
-            nn.Linear(hidden, hidden // 2), nn.BatchNorm1d(hidden // 2), nn.ReLU(), nn.Dropout(dropout),
-            nn.Linear(hidden // 2, n_classes))  # fmt: skip
+            nn.Linear(4 * hidden, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden // 2),
+            nn.BatchNorm1d(hidden // 2),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden // 2, n_classes),
+        )
 
-    def forward(self, x, lengths):
-        """Normalised log-mel (B, T, M), zero past each clip's frames, and lengths (B,), to logits (B, classes)."""
-        x, steps = x.unsqueeze(1), lengths.to(x.device)  # (B, 1, T, M)
-        x = x.contiguous(memory_format=torch.channels_last)
+    def encode(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Normalised log-mel (B, T, M), zero past each clip, to embeddings (B, 4 * hidden)."""
+        lengths = lengths.to(x.device)
+        x = x.unsqueeze(1).contiguous(memory_format=torch.channels_last)  # (B, 1, T, M)
         for block in self.blocks:
-            x, steps = block(x, steps)
-        x = self.lstm(x.permute(0, 2, 3, 1).flatten(2), steps)  # (B, T, M * C) to (B, T, 2 * hidden)
-        mask = inside(steps, x.shape[1])
+            x, lengths = block(x, lengths)
+        x = x.permute(0, 2, 3, 1).flatten(2)  # (B, C, T, M) to (B, T, M * C)
+        x = self.lstm(x, lengths)  # (B, T, 2 * hidden)
+        mask = length_mask(lengths, x.shape[1])
         attended, _ = self.attention(x, x, x, key_padding_mask=~mask, need_weights=False)
-        return self.head(self.pooling(self.norm(x + attended).float(), mask))
+        return self.pooling(self.norm(x + attended).float(), mask)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Normalised log-mel (B, T, M), zero past each clip, to logits (B, classes)."""
+        return self.head(self.encode(x, lengths))
 
 
-def logits_of(model, spectrograms, batch_size, device):
-    """Float32 logits (clips, classes), on the CPU, of normalised spectrograms, each (frames, mel bands)."""
-    order = sorted(range(len(spectrograms)), key=lambda i: len(spectrograms[i]))
-    rows = []
+def predict_logits(
+    model: EmotionClassifier, mels: list[Tensor], batch_size: int, device: torch.device
+) -> Tensor:
+    """Float32 logits (clips, classes), on the CPU, of normalised log-mels (frames, mel bands)."""
+    order = sorted(range(len(mels)), key=lambda i: len(mels[i]))
+    logits = []
     model.eval()
     with torch.inference_mode():
-        for at in range(0, len(order), batch_size):
-            batch = [spectrograms[i] for i in order[at : at + batch_size]]
+        for start in range(0, len(order), batch_size):
+            batch = [mels[i] for i in order[start : start + batch_size]]
             lengths = torch.tensor([len(mel) for mel in batch])
             x = nn.utils.rnn.pad_sequence(batch, batch_first=True)
-            x = F.pad(x, (0, 0, 0, -x.shape[1] % 8))  # few different widths: oneDNN keeps memory for each
-            rows.append(model(x.to(device), lengths).cpu())
-    return torch.cat(rows)[torch.tensor(order).argsort()]
+            x = F.pad(x, (0, 0, 0, -x.shape[1] % 8))  # few widths: oneDNN keeps memory for each
+            logits.append(model(x.to(device), lengths).cpu())
+    return torch.cat(logits)[torch.tensor(order).argsort()]
 
 
-def true_class_of(path, classes):
-    """The name of the emotion in the third field of a CREMA-D file name, or ""."""
-    fields = Path(path).stem.upper().split("_")
-    return next((c["name"] for c in classes if len(fields) > 2 and fields[2] == c["code"]), "")
+def clip_level(mel: np.ndarray) -> float:
+    """Level of a clip's louder parts, dB: 95th percentile over time of the mean power of the bands.
+
+    mel: log-mel spectrogram in dB, (frames, mel bands), not normalised.
+    """
+    power = (10 ** (mel / 10)).mean(axis=1)
+    return float(10 * np.log10(np.percentile(power, 95)))
 
 
-def classify(clips, model, checkpoint, max_width, batch_size, device):
-    """Probabilities (clips, classes) of spectrograms (mel bands, frames); None gets NaN."""
-    mean, std = (torch.tensor(checkpoint["normalization"][key]) for key in ("mean", "std"))
-    whole = [i for i, mel in enumerate(clips) if mel is not None]
-    probabilities = torch.full((len(clips), len(checkpoint["classes"])), math.nan)
-    if whole:
-        normalised = [(torch.from_numpy(clips[i].T[:max_width]) - mean) / std for i in whole]
-        logits = logits_of(model, normalised, batch_size, device)
-        probabilities[whole] = (logits / checkpoint["temperature"]).softmax(1)
-    return probabilities.numpy()
+def try_device(device: torch.device) -> None:
+    """Raises RuntimeError where a device cannot compute: a GPU too old for this PyTorch."""
+    nn.LSTM(1, 1).to(device)(torch.zeros(1, 1, 1, device=device))[0].cpu()
 
 
 # --------------------------------------------------------------------------------------
-# Writing
+# Checkpoint
 
 
-def lock(path):
-    """Holds a folder or file until this process ends, in whatever way; ends the program if another process holds it.
+def load_model(path: Path, device: torch.device) -> tuple[EmotionClassifier, dict[str, Any]]:
+    """The model of best_model.pth in evaluation mode, and the file's dict; raises UserError.
 
-    Source: flock(2), which Windows lacks: nothing is checked there.
+    No memory is taken for a model of other sizes than the file's: it is built on the meta device
+    first. float16 weights compute as float32.
     """
+    checkpoint = read_checkpoint(path)
+    wrong = wrong_checkpoint(checkpoint)
+    if not wrong:
+        with torch.device("meta"):
+            model = EmotionClassifier(**checkpoint["model_config"])
+        n_elements = sum(tensor.numel() for tensor in model.state_dict().values())
+        if 2 * n_elements > path.stat().st_size:  # float16's bytes
+            wrong = "holds fewer weights than its model_config asks for"
+    if not wrong:
+        try:
+            model.to_empty(device="cpu").load_state_dict(checkpoint["model_state_dict"])
+        except RuntimeError as error:
+            wrong = f"holds other weights than its model_config asks for ({str(error)[:200]})"
+    if not wrong and not all(value.isfinite().all() for value in model.state_dict().values()):
+        wrong = "holds weights that are NaN or infinite"
+    if wrong:
+        raise UserError(f"{path} {wrong}: take a best_model.pth as cremad_custom2.py wrote it.")
+    return model.to(device).eval(), checkpoint
+
+
+def wrong_checkpoint(checkpoint: dict[str, Any]) -> str:
+    """What is wrong with the values beside the weights, in words; "" if nothing is."""
+    types = {
+        "format_version": int, "model_state_dict": dict, "model_config": dict, "mel_config": dict,
+        "normalization": dict, "max_width": int, "classes": list, "temperature": float,
+    }  # fmt: skip
+    if missing := [name for name in types if name not in checkpoint]:
+        return f"is no best_model.pth of cremad_custom2.py (it lacks {', '.join(missing)})"
+    if checkpoint["format_version"] != FORMAT_VERSION:
+        return (
+            f"has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}"
+        )
+    for name, kind in types.items():
+        if type(checkpoint[name]) is not kind:
+            return f"contradicts itself ({name} is no {kind.__name__})"
+    for part in (wrong_model_config(checkpoint), wrong_values(checkpoint)):
+        if part:
+            return f"contradicts itself ({part})"
+    return ""
+
+
+def wrong_model_config(checkpoint: dict[str, Any]) -> str:
+    """What is wrong with the model's and the mel settings, in words; "" if nothing is."""
+    config = checkpoint["model_config"]
+    mel = checkpoint["mel_config"]
+    names = {"n_mels", "n_classes", "channels", "strides", "hidden", "heads", "dropout"}
+    if config.keys() != names:
+        return f"model_config has not the keys {', '.join(sorted(names))}"
+    if mel.keys() != {"sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax"}:
+        return "mel_config has not the six mel settings"
+    if wrong := wrong_mel_settings(mel):
+        return wrong
+    sizes = [config[name] for name in ("n_mels", "n_classes", "hidden", "heads")]
+    n_blocks = len(config["channels"]) if isinstance(config["channels"], tuple | list) else 0
+    if not all_positive_ints(sizes, 4) or max(sizes) > 10**5:
+        return "a size in model_config is no whole number from 1 to 100000"
+    if not 1 <= n_blocks <= 16 or not all_positive_ints(config["channels"], n_blocks):
+        return "channels are not a whole number for each block"
+    strides = config["strides"]
+    if not isinstance(strides, tuple | list) or len(strides) != n_blocks:
+        return "strides are not a pair for each block"
+    if not all(all_positive_ints(pair, 2) for pair in strides):
+        return "strides are not pairs of whole numbers"
+    if config["hidden"] < 2 or 2 * config["hidden"] % config["heads"]:
+        return "heads is no divisor of 2 * hidden"
+    if type(config["dropout"]) not in (int, float) or not 0 <= config["dropout"] < 1:
+        return "dropout is no number from 0 to 1"
+    return ""
+
+
+def all_positive_ints(values: Any, n: int) -> bool:
+    """Whether values are a tuple or list of n whole numbers, each at least 1."""
+    if not isinstance(values, tuple | list) or len(values) != n:
+        return False
+    return all(type(value) is int and value >= 1 for value in values)
+
+
+def wrong_values(checkpoint: dict[str, Any]) -> str:
+    """What is wrong with normalisation, classes and the rest, in words; "" if nothing is."""
+    n_mels = checkpoint["model_config"]["n_mels"]
+    if n_mels != checkpoint["mel_config"]["n_mels"]:
+        return "mel_config and model_config differ in their number of mel bands"
+    for name in ("mean", "std"):
+        values = checkpoint["normalization"].get(name)
+        if not isinstance(values, list) or len(values) != n_mels:
+            return f"normalization has no {name} of {n_mels} mel bands"
+        if not all(type(value) is float and math.isfinite(value) for value in values):
+            return f"normalization's {name} is not of finite numbers"
+    if min(checkpoint["normalization"]["std"]) <= 0:
+        return "a deviation of the normalization is not above 0"
+    classes = checkpoint["classes"]
+    if not all(isinstance(c, dict) and c.keys() >= {"code", "name"} for c in classes):
+        return "classes are not codes and names"
+    if not all(isinstance(c[key], str) for c in classes for key in ("code", "name")):
+        return "classes are not codes and names"
+    different = {len({c[key] for c in classes}) for key in ("code", "name")}
+    if different != {checkpoint["model_config"]["n_classes"]} or len(classes) not in different:
+        return "classes are not a code and a name for each of the model's outputs"
+    if not 0 < checkpoint["temperature"] < math.inf:
+        return "temperature is no number above 0"
+    if not 1 <= checkpoint["max_width"] <= 10**6:
+        return "max_width is no whole number from 1 to 1000000"
+    return ""
+
+
+def known_speakers(checkpoint: dict[str, Any]) -> set[str]:
+    """The speakers that trained or validated the model, as the checkpoint names them."""
+    speakers = checkpoint.get("speakers")
+    lists = speakers.values() if isinstance(speakers, dict) else []
+    return {name for names in lists if isinstance(names, list) for name in names}
+
+
+def gpu_or_cpu(cpu: bool) -> torch.device:
+    """The GPU where there is one, unless told to keep off it."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     try:
-        import fcntl
-    except ImportError:
-        return
-    held = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
+        try_device(device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The GPU cannot be used ({reason}): give --cpu.") from error
+    return device
+
+
+# --------------------------------------------------------------------------------------
+# Classification
+
+
+class Window(NamedTuple):
+    """A part of a recording to classify."""
+
+    path: str  # of the recording, below --input_dir
+    source: Path  # of the file to read: its own, or what ffmpeg decoded
+    start: float  # seconds
+    n_windows: int  # of the recording
+
+
+class WindowPrediction(NamedTuple):
+    """What came of a window."""
+
+    window: Window
+    mel: np.ndarray | None  # float32 (mel bands, frames) to draw, or None
+    duration: float  # of the recording, seconds; NaN where it failed
+    error: str
+    probabilities: np.ndarray  # (classes,); NaN where it failed
+
+
+class RunOptions(NamedTuple):
+    """What the rows of a run depend on, besides the model."""
+
+    input_dir: str
+    max_width: int  # frames
+    segments: bool
+    window: float  # seconds
+    step: float  # seconds
+    min_confidence: float | None
+
+    def seconds(self, mel_config: dict[str, Any]) -> float:
+        """How much of a window is decoded: what the model hears, and half a frame's padding."""
+        if self.segments:
+            return self.window
+        samples = self.max_width * mel_config["hop_length"] + mel_config["n_fft"]
+        return samples / mel_config["sample_rate"]
+
+
+def find_input(input_dir: Path) -> tuple[Path, list[str], dict[str, str]]:
+    """The folder of --input_dir, its sound files and subfolders that cannot be entered."""
+    suffixes = SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES
+    if not input_dir.is_dir():
+        if not os.path.lexists(input_dir):
+            raise UserError(f"--input_dir {input_dir} does not exist.")
+        if input_dir.suffix.lower() not in suffixes:
+            raise UserError(
+                f"--input_dir {input_dir} is no folder and no sound file ({' '.join(suffixes)})."
+            )
+        return input_dir.parent, [input_dir.name], {}
+    paths, closed, n_ignored = find_audio(input_dir)
+    if not paths and not closed:
+        raise UserError(
+            f"--input_dir {input_dir} holds no sound file ({' '.join(suffixes)}), nor does any "
+            "folder below it."
+        )
+    if n_ignored:
+        print(f"{count(n_ignored, 'file')} named ._* passed over: macOS's notes, not sound.")
+    return input_dir, paths, closed
+
+
+def window_starts(duration: float, window: float, step: float) -> list[float]:
+    """Seconds at which the windows of a recording start; the last one ends with it."""
+    rest = duration - window
+    if rest <= 0:
+        return [0.0]
+    return [*np.arange(0.0, rest - 1e-6, step).tolist(), rest]
+
+
+def list_windows(
+    paths: list[str], folder: Path, options: RunOptions, temporary: Path
+) -> Iterator[Window]:
+    """The windows of all recordings, file by file: one a file without --segments.
+
+    With it, what only ffmpeg reads is decoded once a file into `temporary`.
+    """
+    for i, path in enumerate(paths):
+        source = folder / path
+        starts = [0.0]
+        if options.segments:
+            with contextlib.suppress(AudioError, soundfile.SoundFileError, OSError, RuntimeError):
+                if source.suffix.lower() in FFMPEG_SUFFIXES:  # reading it tells what is wrong
+                    decode_with_ffmpeg(source, temporary / f"{i}.wav")
+                    source = temporary / f"{i}.wav"
+                check_file(source)
+                with open_sound(source) as file:
+                    duration = file.frames / file.samplerate
+                if file.frames <= 2**40:
+                    starts = window_starts(duration, options.window, options.step)
+        for start in starts:
+            yield Window(path, source, start, len(starts))
+
+
+def read_window(
+    window: Window, mel_config: dict[str, Any], options: RunOptions
+) -> tuple[np.ndarray | None, float, str]:
+    """Log-mel spectrogram of a window, the recording's length in seconds, what is wrong or ""."""
+    rate, hop_length = mel_config["sample_rate"], mel_config["hop_length"]
+    seconds = options.seconds(mel_config)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"{path} is in use: another run is writing there. Wait for its end, or name another folder.")
-    except OSError as error:  # a file system without locks
-        print(f"{path} cannot be locked ({error.strerror}): take care that no other run writes there.")
+        samples, duration = load_audio(window.source, rate, hop_length, window.start, seconds)
+        return log_mel(samples, **mel_config)[:, : options.max_width], duration, ""
+    except AudioError as error:
+        return None, math.nan, str(error)
+    except MemoryError:
+        return None, math.nan, "too long for this machine's memory"
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """Yields a temporary path beside `path` that takes its name once written: whole, or not there at all."""
+def prefetch(
+    items: Iterable[Any], read: Callable[[Any], Any], workers: int, size: int
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Yields items and what read makes of them, `size` at a time; threads prepare the next ones."""
+    items = iter(items)
+    pending: deque[tuple[list[Any], Iterator[Any]]] = deque()
+    pool = ThreadPoolExecutor(workers)
     try:
-        yield f"{path}.tmp"
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:  # a full disk's own names no file
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        while batch := list(itertools.islice(items, size)):
+            pending.append((batch, pool.map(read, batch)))
+            if len(pending) == 2:
+                ready, results = pending.popleft()
+                yield ready, list(results)
+        for ready, results in pending:
+            yield ready, list(results)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def write_text(path, text):
-    """Writes a text, whole or not at all."""
-    with whole_file(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+def predict_probabilities(
+    mels: list[np.ndarray | None],
+    model: EmotionClassifier,
+    checkpoint: dict[str, Any],
+    batch_size: int,
+) -> np.ndarray:
+    """Probabilities (clips, classes) of log-mels (mel bands, frames) in dB; NaN for None."""
+    device = next(model.parameters()).device
+    mean = torch.tensor(checkpoint["normalization"]["mean"])
+    std = torch.tensor(checkpoint["normalization"]["std"])
+    probabilities = np.full((len(mels), len(checkpoint["classes"])), np.nan, np.float32)
+    good = [i for i, mel in enumerate(mels) if mel is not None]
+    if good:
+        normalised = [(torch.from_numpy(mels[i].T) - mean) / std for i in good]
+        logits = predict_logits(model, normalised, batch_size, device)
+        probabilities[good] = (logits / checkpoint["temperature"]).softmax(1)
+    return probabilities
 
 
-def plot_confusion(path, true, predicted, names, title):
-    """Confusion matrix as a picture: counts, and the row's percentages, which give the colour."""
-    import seaborn  # here, because these two take a second to import
-    from sklearn.metrics import confusion_matrix
-
-    counts = confusion_matrix(true, predicted, labels=names)
-    percent = 100.0 * counts / counts.sum(1, keepdims=True).clip(min=1)
-    text = [[f"{n}\n{p:.0f} %" for n, p in zip(*row, strict=True)] for row in zip(counts, percent, strict=True)]
-    figure, axes = plt.subplots(figsize=(5.5, 4.8), layout="constrained")
-    looks = {"cmap": "cividis", "vmin": 0, "vmax": 100, "square": True, "annot_kws": {"size": 9}, "fmt": ""}
-    looks |= {"xticklabels": names, "yticklabels": names, "cbar_kws": {"label": "% of the true class"}}
-    seaborn.heatmap(percent, annot=text, ax=axes, **looks)
-    axes.set(xlabel="Predicted emotion", ylabel="True emotion", title=title)
-    axes.tick_params(axis="x", rotation=45)
-    axes.tick_params(axis="y", rotation=0)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=200)
-    plt.close(figure)
-
-
-def write_rows(path, mode, rows):
-    """Writes ("w") or appends ("a") rows to a CSV; file names that are no UTF-8 keep their bytes."""
-    try:
-        with open(path, mode, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            for row in rows:  # Python before 3.13 does not see by itself that a carriage return needs quotes
-                quoting = csv.QUOTE_ALL if "\r" in row[0] else csv.QUOTE_MINIMAL
-                csv.writer(file, lineterminator="\n", quoting=quoting).writerow(row)
-    except OSError as error:  # a full disk's own names no file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+def classify(
+    windows: Iterable[Window],
+    model: EmotionClassifier,
+    checkpoint: dict[str, Any],
+    options: RunOptions,
+    args: argparse.Namespace,
+    keep_mels: bool,
+) -> Iterator[list[WindowPrediction]]:
+    """Yields the windows of some batches, in their order, with what came of them."""
+    read = functools.partial(read_window, mel_config=checkpoint["mel_config"], options=options)
+    for batch, clips in prefetch(windows, read, args.workers, BATCHES_AHEAD * args.batch_size):
+        mels = [mel for mel, _, _ in clips]
+        probabilities = predict_probabilities(mels, model, checkpoint, args.batch_size)
+        predictions = []
+        for window, (mel, duration, error), p in zip(batch, clips, probabilities, strict=True):
+            shown = thin_out(mel, duration) if keep_mels and mel is not None else None
+            predictions.append(WindowPrediction(window, shown, duration, error, p))
+        yield predictions
 
 
-def cell(path):
-    """A path as a CSV cell: one that a spreadsheet would run as a formula gets ./ before it."""
-    return f"./{path}" if path[0] in "=+-@" else path
+def thin_out(mel: np.ndarray, duration: float) -> np.ndarray:
+    """What a picture shows of a log-mel: of an hour not every frame, it has no room for them."""
+    return mel[:, :: 1 + int(duration / 60)].copy()
 
 
-def table_path(args, kind, shard=None, end=""):
-    """Where the results or the segments stand, of all files or of a shard; end: of the files beside them."""
-    part = "" if shard is None else f".{shard[0]}-of-{shard[1]}"
-    return args.output_dir / f"{kind}{part}.csv{end}"
+def result_row(
+    predictions: list[WindowPrediction], checkpoint: dict[str, Any], options: RunOptions
+) -> dict[str, Any]:
+    """A file's row of classification_results.csv: the mean over its windows.
 
-
-def table_columns(args, checkpoint):
-    """The columns of classification_results.csv and, with --segments, of segments.csv."""
+    A window of silence in a recording with sound is a pause, other damage the file's error.
+    """
+    row: dict[str, Any] = {"file": predictions[0].window.path}
+    good = [p for p in predictions if not p.error]
+    errors = [p.error for p in predictions if p.error]
+    if damage := [e for e in errors if not (good and e.startswith("silent"))]:
+        return row | {"error": damage[0]}
+    probabilities = np.mean([p.probabilities for p in good], axis=0)
+    top = int(probabilities.argmax())
     names = [c["name"] for c in checkpoint["classes"]]
-    columns = {"classification_results": [*ROW_START, *names, *ROW_END]}
-    return columns | ({"segments": [*SEGMENT_START, *names]} if args.segments else {})
+    mel = checkpoint["mel_config"]
+    heard = options.max_width * mel["hop_length"] / mel["sample_rate"]
+    ignored = 0.0 if options.segments else max(0.0, good[0].duration - heard)
+    row |= {"predicted_class": names[top], "predicted_code": checkpoint["classes"][top]["code"]}
+    row |= {"confidence": f"{probabilities[top]:.6f}"}
+    row |= {name: f"{p:.6f}" for name, p in zip(names, probabilities, strict=True)}
+    row |= {"duration_s": f"{good[0].duration:.3f}", "ignored_s": f"{ignored:.3f}"}
+    if options.min_confidence is not None:
+        row["uncertain"] = "yes" if probabilities[top] < options.min_confidence else "no"
+    return row
 
 
-def run_note(args, checkpoint):
-    """What a run's rows depend on, as text: kept beside them, so that none of another run come among them."""
-    options = "".join(f"{name} {getattr(args, name)}\n" for name in RUN_OPTIONS)
-    return f"model {checkpoint['sha256']}\ninput_dir {args.input_dir.resolve()}\n{options}"
+def segment_row(
+    prediction: WindowPrediction, checkpoint: dict[str, Any], options: RunOptions
+) -> dict[str, Any]:
+    """A window's row of segments.csv; a window without sound has no class."""
+    start = prediction.window.start
+    end = start + options.window
+    if prediction.duration < end:
+        end = prediction.duration
+    row = {"file": prediction.window.path, "start_s": f"{start:.3f}", "end_s": f"{end:.3f}"}
+    if prediction.error:
+        return row
+    names = [c["name"] for c in checkpoint["classes"]]
+    top = int(prediction.probabilities.argmax())
+    row |= {"predicted_class": names[top], "confidence": f"{prediction.probabilities[top]:.6f}"}
+    return row | {name: f"{p:.6f}" for name, p in zip(names, prediction.probabilities, strict=True)}
 
 
-def is_noted(path, note):
-    """Whether a run's note is there and says the same."""
-    return path.exists() and path.read_text(encoding="utf-8", errors="surrogateescape") == note
+# --------------------------------------------------------------------------------------
+# Pictures
 
 
-class Results:
-    """classification_results.csv and, with --segments, segments.csv in the making.
-
-    Rows go to .partial files, some files' at a time, each file's picture before its row.
-    """
-
-    def __init__(self, args, checkpoint, paths, artists):
-        self.args, self.checkpoint, self.artists = args, checkpoint, artists
-        self.columns = table_columns(args, checkpoint)
-        self.partial = {kind: table_path(args, kind, args.shard, ".partial") for kind in self.columns}
-        self.order = {cell(path): i for i, path in enumerate(paths)}
-        self.pictures = picture_paths(paths, args.output_dir) if artists else {}
-        self.new, self.drawing = {kind: [] for kind in self.columns}, []
-        lock(self.partial["classification_results"])
-        self.done = self.take_up()
-
-    def take_up(self):
-        """Begins the partial files anew or, with --resume, goes on from the same run's; returns the files done."""
-        note = table_path(self.args, "classification_results", self.args.shard, ".run")
-        now = run_note(self.args, self.checkpoint)
-        earlier, undrawn = {kind: [] for kind in self.columns}, set()
-        if self.args.resume:
-            if note.exists() and not is_noted(note, now):
-                sys.exit(
-                    f"--resume: {self.partial['classification_results']} is of another model, --input_dir or option "
-                    f"({', '.join(RUN_OPTIONS)}): give the same ones again, or leave --resume out to start anew."
-                )
-            earlier = {kind: read_rows(self.partial[kind], columns) for kind, columns in self.columns.items()}
-            undrawn = {cell(path) for path, picture in self.pictures.items() if not picture.exists()}
-        done = {row[0] for row in earlier["classification_results"] if not row[ERROR]} & self.order.keys() - undrawn
-        for kind, rows in earlier.items():
-            with whole_file(self.partial[kind]) as temporary:
-                write_rows(temporary, "w", [self.columns[kind], *(row for row in rows if row[0] in done)])
-        lock(self.partial["classification_results"])  # the new file too
-        write_text(note, now)
-        return done
-
-    def add(self, path, answers):
-        """Takes the answers for a file's windows; returns how many."""
-        answers = list(answers)
-        good = [a for a in answers if not a.error]
-        damage = [a.error for a in answers if a.error and not (good and a.error.startswith("silent"))]  # no pause
-        mean = np.mean([a.probabilities for a in good], axis=0) if good else None
-        length = good[0].seconds if good else None
-        self.new["classification_results"].append(self.row(path, mean, length, damage[0] if damage else ""))
-        if self.args.segments:
-            self.new["segments"] += map(self.segment, answers)
-        if self.artists and good:
-            config, names = self.checkpoint["mel_config"], tuple(c["name"] for c in self.checkpoint["classes"])
-            draw, what, shares = draw_clip, good[0].mel, mean
-            if len(answers) > 1:
-                draw, what = draw_timeline, [(a.start, self.args.window, a.mel) for a in answers]
-                shares = np.array([a.probabilities for a in answers])
-            picture = str(self.pictures[path])
-            self.drawing.append(self.artists.submit(draw, picture, path, what, shares, names, config))
-        return len(answers)
-
-    def row(self, path, probabilities, seconds, error):
-        """A row of classification_results.csv."""
-        classes, true_class = self.checkpoint["classes"], true_class_of(path, self.checkpoint["classes"])
-        if error:
-            return [cell(path), "", "", "", *[""] * len(classes), "", true_class, error, "", ""]
-        top = int(probabilities.argmax())
-        shares = [f"{p:.6f}" for p in probabilities]
-        config, least = self.checkpoint["mel_config"], self.args.min_confidence
-        heard = math.inf if self.args.segments else self.args.max_width * config["hop_length"] / config["sample_rate"]
-        uncertain = "" if least is None else "yes" if probabilities[top] < least else "no"
-        named = [cell(path), classes[top]["name"], classes[top]["code"], shares[top], *shares]
-        return [*named, f"{seconds:.3f}", true_class, "", f"{max(0.0, seconds - heard):.3f}", uncertain]
-
-    def segment(self, answer):
-        """A row of segments.csv; a window without sound has no class."""
-        end = answer.start + self.args.window
-        times = [cell(answer.path), f"{answer.start:.3f}", f"{min(end, answer.seconds or end):.3f}"]
-        if answer.error:
-            return times + [""] * (2 + len(answer.probabilities))
-        top, shares = int(answer.probabilities.argmax()), [f"{p:.6f}" for p in answer.probabilities]
-        return [*times, self.checkpoint["classes"][top]["name"], shares[top], *shares]
-
-    def write(self):
-        """Brings the partial files up to date."""
-        for job in self.drawing:
-            job.result()
-        for kind in reversed(self.columns):  # the file's row last: it says that the others are there
-            write_rows(self.partial[kind], "a", self.new[kind])
-            self.new[kind] = []
-        self.drawing = []
-
-    def finish(self):
-        """Writes the last rows, and sorts what a resumed run wrote in two goes."""
-        self.write()
-        for kind, partial in self.partial.items():
-            if self.done:
-                rows = sorted(read_rows(partial, self.columns[kind]), key=lambda row: self.order[row[0]])
-                with whole_file(partial) as temporary:
-                    write_rows(temporary, "w", [self.columns[kind], *rows])
+def picture_path(path: str) -> str:
+    """Where a file's picture goes below --output_dir; no two files share one."""
+    *folders, name = path.split("/")
+    # No folder ends like a picture, or a.wav and a.wav.png/b.wav would be in each other's way.
+    folders = [re.sub(r"(\.png_*)$", r"\1_", folder) for folder in folders]
+    encoded = os.fsencode(name)
+    if len(encoded) > MAX_NAME_BYTES - len(".png"):
+        digest = hashlib.sha1(encoded).hexdigest()
+        name = os.fsdecode(encoded[:200]) + f"-{digest}"
+    return "/".join(["mel_spectrograms", *folders, f"{name}.png"])
 
 
 @functools.cache
-def clip_figure(names):
-    """The figure that every clip is drawn into, made once a process: a new one costs most of the time."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(2.4, 1), layout="constrained")
-    image = left.imshow(np.zeros((2, 2)), origin="lower", aspect="auto", cmap="magma")
-    figure.colorbar(image, ax=left, label="Level (dB)")
-    bars = right.barh(names, [0] * len(names), color="#0072B2")
-    left.set(xlabel="Time (s)", ylabel="Frequency (Hz)")
+def clip_figure(names: tuple[str, ...]) -> tuple[Figure, Any, Any, Any, Any]:
+    """The figure that every clip is drawn into: a new one costs most of the time."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2.4, 1))
+    image = left.imshow(np.zeros((2, 2)), clim=DB_RANGE, **IMAGE_STYLE)
+    figure.colorbar(image, ax=left, label="Level (dB)", extend="both")
+    bars = right.barh(names, [0] * len(names), color=BLUE)
+    left.set(xlabel="Time (s)", ylabel="Frequency (Hz)", facecolor="#CCCCCC")
     right.set(xlabel="Confidence (%)", xlim=(0, 100))
     right.invert_yaxis()
     return figure, left, right, image, bars
 
 
-def draw_clip(path, title, mel, probabilities, names, mel_config):
-    """Spectrogram with axes in s and Hz, and bars of confidence, as a PNG."""
+def draw_clip(
+    path: Path,
+    title: str,
+    prediction: WindowPrediction,
+    mel_config: dict[str, Any],
+    names: tuple[str, ...],
+) -> None:
+    """Spectrogram with axes in s and Hz, what was ignored in grey, and bars of confidence."""
     figure, left, right, image, bars = clip_figure(names)
-    seconds = mel.shape[1] * mel_config["hop_length"] / mel_config["sample_rate"]
-    image.set(data=mel, extent=(0, seconds, -0.5, len(mel) - 0.5), clim=(max(mel.max() - 80, mel.min()), mel.max()))
-    left.set_xlim(0, seconds)
-    mel_ticks(left, len(mel), mel_config)
-    left.set_title(os.fsencode(title).decode("utf-8", "replace"), parse_math=False, fontsize=9)
-    right.set_title(f"{names[int(np.argmax(probabilities))]}, {100 * max(probabilities):.0f} %", fontsize=9)
+    mel, probabilities = prediction.mel, prediction.probabilities
+    heard = mel.shape[1] * mel_config["hop_length"] / mel_config["sample_rate"]
+    image.set(data=mel, extent=(0, heard, -0.5, len(mel) - 0.5))
+    left.set_xlim(0, min(max(heard, prediction.duration), 1.2 * heard))
+    mark_hertz(left, len(mel), mel_config)
+    left.set_title(readable(title), parse_math=False, fontsize=9)
+    top = int(probabilities.argmax())
+    right.set_title(f"{names[top]}, {100 * probabilities[top]:.0f} %", fontsize=9)
     for bar, p in zip(bars, probabilities, strict=True):
-        bar.set(width=100 * p, color="#D55E00" if p == max(probabilities) else "#0072B2")
-    save_picture(figure, path)
+        bar.set(width=100 * p, color=ORANGE if p == probabilities[top] else BLUE)
+    save_figure(figure, path, dpi=130)
     figure.set_layout_engine("none")  # laid out once: every clip has the same places
 
 
-def save_picture(figure, path):
-    """Writes a figure as a PNG of a clip: whole, under names of any length and script."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = os.path.join(os.path.dirname(path), f".{os.urandom(8).hex()}.tmp")  # path.tmp may be too long a name
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # names may hold letters that the font lacks
-            figure.savefig(temporary, format="png", dpi=130, pil_kwargs={"compress_level": 1})
-        os.replace(temporary, path)
-    except OSError as error:  # a full disk's own names no file
-        raise OSError(error.errno, error.strerror or str(error), path) from error
+def draw_timeline(
+    path: Path,
+    title: str,
+    predictions: list[WindowPrediction],
+    window: float,
+    mel_config: dict[str, Any],
+    names: tuple[str, ...],
+) -> None:
+    """The spectrogram of a long recording above the probabilities of its windows over time."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    end = predictions[-1].window.start + window
+    image = join_windows(predictions, window, end)
+    extent = (0, end, -0.5, len(image) - 0.5)
+    shown = above.imshow(image, clim=DB_RANGE, extent=extent, **IMAGE_STYLE)
+    figure.colorbar(shown, ax=above, label="Level (dB)", extend="both")
+    mark_hertz(above, len(image), mel_config)
+    above.set(ylabel="Frequency (Hz)", xlim=(0, end))
+    above.set_title(readable(title), parse_math=False, fontsize=9)
+    middle = [p.window.start + window / 2 for p in predictions]
+    shares = 100 * np.array([p.probabilities for p in predictions])
+    size = 4 if len(middle) < 100 else 0
+    for i, name in enumerate(names):
+        style = {"color": f"C{i}", "marker": "os^vDXP*"[i % 8], "markersize": size}
+        below.plot(middle, shares[:, i], label=name, **style)
+    below.set(xlabel="Time (s); a window stands at its middle", ylabel="Probability (%)")
+    below.set_ylim(0, 100)
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
+    save_figure(figure, path, dpi=130)
 
 
-def mel_ticks(axes, n_mels, mel_config):
+def join_windows(predictions: list[WindowPrediction], window: float, end: float) -> np.ndarray:
+    """The windows' log-mels side by side, (mel bands, 3000): NaN, blank, where there is none."""
+    n_columns = 3000  # more than the picture has pixels
+    good = [p for p in predictions if p.mel is not None]
+    image = np.full((len(good[0].mel), n_columns), np.nan, np.float32)
+    for p in good:
+        first = min(round(p.window.start / end * n_columns), n_columns - 1)
+        last = max(round((p.window.start + window) / end * n_columns), first + 1)
+        source = np.linspace(0, p.mel.shape[1] - 1, min(last, n_columns) - first).astype(int)
+        part = image[:, first:last]
+        part[:] = np.fmax(part, p.mel[:, source])  # a window's first and last frame are too faint
+    return image
+
+
+def mark_hertz(axes: Any, n_mels: int, mel_config: dict[str, Any]) -> None:
     """Marks the mel bands of a vertical axis in Hz."""
-    hertz = librosa.mel_frequencies(n_mels=n_mels + 2, fmin=mel_config["fmin"], fmax=mel_config["fmax"])[1:-1]
+    import librosa  # here, so that only what draws needs numba (see start_drawing)
+
+    fmin, fmax = mel_config["fmin"], mel_config["fmax"]
+    hertz = librosa.mel_frequencies(n_mels=n_mels + 2, fmin=fmin, fmax=fmax)[1:-1]
     marks = [f for f in (250, 500, 1000, 2000, 4000, 8000, 16000) if hertz[0] <= f <= hertz[-1]]
     axes.set_yticks(np.interp(marks, hertz, np.arange(n_mels)), marks)
     axes.set_ylim(-0.5, n_mels - 0.5)
 
 
-def draw_timeline(path, title, parts, probabilities, names, mel_config):
-    """The spectrogram of a long recording above the probabilities of its windows over time, as a PNG.
+def readable(name: str) -> str:
+    """A name for a picture: bytes that are no UTF-8 as a question mark."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
-    parts: (start, seconds, spectrogram or None where there is no sound) a window; probabilities (windows, classes).
+
+def save_figure(figure: Figure, path: Path, dpi: int = 200) -> None:
+    """Writes a figure as a PNG, atomically."""
+    with warnings.catch_warnings(), atomic_write(path) as file:
+        warnings.simplefilter("ignore")  # names may hold letters that the font lacks
+        figure.savefig(file, format="png", dpi=dpi, pil_kwargs={"compress_level": 1})
+
+
+def start_drawing() -> None:
+    """In a drawing process: prepares it."""
+    os.environ["NUMBA_DISABLE_JIT"] = "1"  # its cache fails where no folder can be written
+    matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLOURS)
+    exit_with_parent()
+
+
+@contextlib.contextmanager
+def drawing_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes that draw, started before the first thread is, so that forking is safe."""
+    if not workers:
+        yield None
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for main alone
+    try:
+        pool = ProcessPoolExecutor(workers, context, start_drawing)
+        pool.submit(int).result()
+    except (OSError, BrokenProcessPool) as error:
+        raise UserError(
+            f"Drawing processes could not be started ({error}): look at 'ulimit -u' and the space "
+            "in /dev/shm, or run with fewer --workers."
+        ) from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise UserError(
+            "A drawing process was killed, most often because memory ran out: run again with "
+            "--resume and fewer --workers."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def submit_picture(
+    pool: ProcessPoolExecutor,
+    output_dir: Path,
+    predictions: list[WindowPrediction],
+    checkpoint: dict[str, Any],
+    options: RunOptions,
+) -> Future[None]:
+    """Has a file's picture drawn."""
+    path = predictions[0].window.path
+    picture = output_dir / picture_path(path)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    names = tuple(c["name"] for c in checkpoint["classes"])
+    mel_config = checkpoint["mel_config"]
+    if len(predictions) == 1:
+        return pool.submit(draw_clip, picture, path, predictions[0], mel_config, names)
+    window = options.window
+    return pool.submit(draw_timeline, picture, path, predictions, window, mel_config, names)
+
+
+# --------------------------------------------------------------------------------------
+# Reports
+
+
+def plot_confusion(
+    path: Path, true: Iterable[str], predicted: Iterable[str], names: list[str], title: str
+) -> None:
+    """Confusion matrix as a picture: counts, and the row's percentages, which give the colour."""
+    import seaborn  # here, because these two take a second to import
+    from sklearn.metrics import confusion_matrix
+
+    counts = confusion_matrix(list(true), list(predicted), labels=names)
+    totals = counts.sum(1, keepdims=True)
+    percent = 100.0 * counts / totals.clip(min=1)
+    text = [f"{n}\n{p:.0f} %" for n, p in zip(counts.flat, percent.flat, strict=True)]
+    text = np.where(totals > 0, np.reshape(text, counts.shape), "\u2013")  # a dash: absent
+    figure = Figure(figsize=(5.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    style = {"vmin": 0, "vmax": 100, "cmap": "cividis", "square": True, "annot_kws": {"size": 9}}
+    ticks = {"xticklabels": names, "yticklabels": names, "cbar_kws": {"label": "% of true class"}}
+    seaborn.heatmap(percent, annot=text, fmt="", ax=axes, **style, **ticks)
+    axes.set(xlabel="Predicted emotion", ylabel="True emotion", title=title)
+    axes.tick_params(axis="x", rotation=45)
+    axes.tick_params(axis="y", rotation=0)
+    save_figure(figure, path)
+
+
+def plot_confidence(path: Path, good: pd.DataFrame, names: list[str]) -> None:
+    """How sure the model was, by predicted class: every file a point; quartiles of five and more.
+
+    good: a row a file, with predicted_class and percent.
     """
-    end = parts[-1][0] + parts[-1][1]
-    heard = [part for part in parts if part[2] is not None]
-    n = 3000  # columns, more than the picture has pixels
-    image = np.full((len(heard[0][2]), n), np.nan, np.float32)  # not a number: blank in the picture
-    for start, seconds, mel in heard:
-        first = min(round(start / end * n), n - 1)
-        last = max(round((start + seconds) / end * n), first + 1)
-        columns = mel[:, np.linspace(0, mel.shape[1] - 1, last - first).astype(int)]
-        image[:, first:last] = np.fmax(image[:, first:last], columns)  # a window's first and last frame are too faint
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True, layout="constrained")
-    top = np.nanmax(image)
-    limits = {"vmin": max(top - 80, np.nanmin(image)), "vmax": top}
-    looks = {"origin": "lower", "aspect": "auto", "cmap": "magma", "extent": (0, end, -0.5, len(image) - 0.5)}
-    figure.colorbar(above.imshow(image, **looks, **limits), ax=above, label="Level (dB)")
-    mel_ticks(above, len(image), mel_config)
-    above.set(ylabel="Frequency (Hz)", xlim=(0, end))
-    above.set_title(os.fsencode(title).decode("utf-8", "replace"), parse_math=False, fontsize=9)
-    middle = [start + seconds / 2 for start, seconds, _ in parts]
-    for name, line, marker, shares in zip(names, LINES, "os^vDX", 100 * probabilities.T, strict=False):
-        below.plot(middle, shares, color=line, marker=marker, markersize=4 if len(middle) < 100 else 0, label=name)
-    below.set(xlabel="Time (s); a window stands at its middle", ylabel="Probability (%)", ylim=(0, 100))
-    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
-    save_picture(figure, path)
-    plt.close(figure)
-
-
-def plot_confidence(path, results, names):
-    """How sure the model was, by predicted class: every clip a point; median, quartiles of five clips and more."""
     import seaborn  # here, because it takes a second to import
 
-    figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-    counts = results.predicted_class.value_counts()
-    shown = results.sample(min(len(results), 3000), random_state=0)
-    np.random.seed(0)  # the points' jitter: the same picture for the same results
-    places = {"x": "predicted_class", "y": "percent", "order": names, "ax": axes}
-    seaborn.stripplot(shown, **places, color="#0072B2", size=2 if len(shown) > 200 else 4, alpha=0.5, jitter=0.3)
-    if len(many := results[results.predicted_class.map(counts) >= 5]):
-        seaborn.boxplot(many, **places, color="#D55E00", fill=False, showfliers=False, width=0.7)
-    axes.axhline(100 / len(names), color="#555555", linestyle="--", linewidth=1)
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    n_files = good.predicted_class.value_counts()
+    shown = good.sample(min(len(good), 3000), random_state=0)
+    columns = {"x": "predicted_class", "y": "percent", "order": names, "ax": axes}
+    size = 2 if len(shown) > 200 else 4
+    np.random.seed(0)  # noqa: NPY002  seaborn's jitter: the same picture for the same results
+    seaborn.stripplot(shown, **columns, color=BLUE, size=size, alpha=0.5, jitter=0.3)
+    many = good[good.predicted_class.map(n_files) >= 5]
+    if len(many):
+        seaborn.boxplot(many, **columns, color=ORANGE, fill=False, showfliers=False, width=0.7)
+    axes.axhline(100 / len(names), color=GREY, linestyle="--", linewidth=1)
     axes.set(xlabel="Predicted emotion (number of files)", ylabel="Confidence (%)", ylim=(0, 101))
     axes.set_title("Confidence by predicted emotion (dashed: chance)")
-    axes.set_xticks(range(len(names)), [f"{name}\n({counts.get(name, 0)})" for name in names])
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=200)
-    plt.close(figure)
+    axes.set_xticks(range(len(names)), [f"{name}\n({n_files.get(name, 0)})" for name in names])
+    save_figure(figure, path)
 
 
-def write_summary(output_dir, results, checkpoint):
-    """summary.csv, the pictures and, where true classes are known, the report; all on the screen too."""
-    names = [c["name"] for c in checkpoint["classes"]]
-    good = results[results.error == ""].assign(percent=lambda r: 100 * r.confidence.astype(float))
+def write_summary(output_dir: Path, good: pd.DataFrame, names: list[str]) -> None:
+    """summary.csv, on the screen too: count, percentage and mean confidence of each class."""
     rows = []
     for name in names:
-        sure = good.percent[good.predicted_class == name]
-        mean = round(float(sure.mean()) / 100, 4) if len(sure) else ""
-        rows.append([name, len(sure), round(100 * len(sure) / len(good), 2), mean])
-    headers = ["class", "count", "percentage", "mean_confidence"]
-    with whole_file(output_dir / "summary.csv") as temporary:
-        pd.DataFrame(rows, columns=headers).to_csv(temporary, index=False)
-    if len(results) <= SHOWN_FILES:
-        confidence = results.confidence.map(lambda text: text and f"{100 * float(text):.1f} %")
-        shown = zip(results.file, results.predicted_class, confidence, results.error, strict=True)
-        print(tabulate(shown, headers=["file", "emotion", "confidence", "error"], disable_numparse=True), end="\n\n")
-    print(tabulate(rows, headers=headers))
-    plot_confidence(output_dir / "confidence_distribution.png", good, names)
-    labelled = good[good.true_class != ""]
-    if len(labelled):
-        write_report(output_dir, labelled, names, checkpoint["training_config"].get("TRAINING_ACTORS", []))
+        percent = good.percent[good.predicted_class == name]
+        mean = f"{percent.mean() / 100:.4f}" if len(percent) else ""
+        share = f"{100 * len(percent) / len(good):.2f}"
+        rows.append([name, len(percent), share, mean])
+    columns = ["class", "count", "percentage", "mean_confidence"]
+    table = [dict(zip(columns, row, strict=True)) for row in rows]
+    write_csv(output_dir / "summary.csv", columns, table)
+    print(tabulate(rows, headers=columns))
 
 
-def run_record(seconds, packages, **details):
-    """run.json, as text: what it takes to repeat the run."""
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-    run = {"command": sys.argv} | details | {"platform": platform.platform(), "versions": versions}
-    return json.dumps(run | {"seconds": round(seconds, 1)}, indent=2, default=str) + "\n"
-
-
-def remove_earlier(output_dir):
-    """Deletes an earlier run's summary, so that none stands beside results it is not of, and killed runs' leftovers."""
-    names = "summary.csv segments.csv confidence_distribution.png confusion_matrix.png classification_report.txt"
-    for name in names.split():
-        (output_dir / name).unlink(missing_ok=True)
-    for leftover in (output_dir / "mel_spectrograms").rglob(".*.tmp"):
-        leftover.unlink()
-
-
-def write_report(output_dir, labelled, names, training_actors):
-    """Accuracy, UAR, confusion matrix and report of the files whose names tell the emotion; says which are no test."""
+def write_report(
+    output_dir: Path, labelled: pd.DataFrame, names: list[str], speakers: set[str]
+) -> None:
+    """Accuracy, UAR, confusion matrix and report of the files with a known emotion."""
     from sklearn.metrics import classification_report  # here, because it takes a second to import
 
     true, predicted = labelled.true_class, labelled.predicted_class
-    accuracy = (true == predicted).mean()
-    uar = (true == predicted).groupby(true).mean().mean()
-    figures = f"{len(labelled):,} files with a known emotion: accuracy {100 * accuracy:.1f} %, UAR {100 * uar:.1f} %"
-    known = labelled.file.map(lambda path: Path(path).stem.split("_")[0]).isin(training_actors).sum()
-    if known:
-        figures += f"\nToo good to be true: {known:,} of them are by actors that the model was trained on."
+    is_right = true == predicted
+    accuracy = 100 * is_right.mean()
+    recall = 100 * is_right.groupby(true).mean().mean()
+    n_files = count(len(labelled), "file")
+    figures = f"{n_files} with a known emotion: accuracy {accuracy:.1f} %, UAR {recall:.1f} %"
+    is_known = labelled.speaker.isin(speakers)
+    if is_known.any():
+        figures += f"\nNot a fair test: {is_known.sum():,} of them "
+        figures += "are by speakers that trained this model."
     print(figures)
-    report = classification_report(true, predicted, labels=names, zero_division=0, digits=3)
+    occurring = [name for name in names if name in set(true)]
+    report = classification_report(true, predicted, labels=occurring, zero_division=0, digits=3)
     write_text(output_dir / "classification_report.txt", f"{figures}\n\n{report}")
-    title = f"{len(labelled):,} files with a known emotion"
-    plot_confusion(output_dir / "confusion_matrix.png", true, predicted, names, title)
+    plot_confusion(
+        output_dir / "confusion_matrix.png",
+        true,
+        predicted,
+        names,
+        f"{n_files} with a known emotion",
+    )
+
+
+def print_files(rows: list[dict[str, Any]]) -> None:
+    """The answers, if they are few."""
+    if len(rows) <= MAX_ROWS_SHOWN:
+        shown = []
+        for row in rows:
+            confidence = f"{100 * float(row['confidence']):.1f} %" if row.get("confidence") else ""
+            emotion = row.get("predicted_class", "")
+            shown.append([row["file"], emotion, confidence, row.get("error", "")])
+        headers = ["file", "emotion", "confidence", "error"]
+        print(tabulate(shown, headers=headers, disable_numparse=True), end="\n\n")
+
+
+def print_notes(rows: list[dict[str, Any]], options: RunOptions, max_window: float) -> None:
+    """What was ignored, is uncertain or failed."""
+    ignored = [float(row["ignored_s"]) for row in rows if float(row.get("ignored_s") or 0) > 0]
+    if ignored:
+        longer = "is" if len(ignored) == 1 else "are"
+        print(
+            f"{count(len(ignored), 'file')} {longer} longer than {options.max_width} frames: "
+            f"{sum(ignored):,.1f} s are ignored (column ignored_s). --segments --window "
+            f"{min(3.0, max_window):g} --step {min(3.0, max_window) / 2:g} hears them all."
+        )
+    if options.min_confidence is not None:
+        n_uncertain = sum(row.get("uncertain") == "yes" for row in rows)
+        is_uncertain = "is" if n_uncertain == 1 else "are"
+        print(
+            f"{count(n_uncertain, 'file')} {is_uncertain} uncertain: confidence under "
+            f"{options.min_confidence:g}."
+        )
+    n_failed = sum(bool(row.get("error")) for row in rows)
+    if n_failed:
+        print(
+            f"{n_failed} of {count(len(rows), 'file')} could not be classified: the column `error` "
+            "says why."
+        )
+
+
+def report(
+    output_dir: Path, rows: list[dict[str, Any]], checkpoint: dict[str, Any], options: RunOptions
+) -> None:
+    """Summary, pictures and, where true classes are known, figures; on the screen too."""
+    names = [c["name"] for c in checkpoint["classes"]]
+    good = pd.DataFrame([row for row in rows if not row.get("error")])
+    print_files(rows)
+    if len(good):
+        good["percent"] = 100 * good.confidence.astype(float)
+        write_summary(output_dir, good, names)
+        plot_confidence(output_dir / "confidence_distribution.png", good, names)
+        labelled = good[good.true_class != ""]
+        if len(labelled):
+            speakers = labelled.file.map(lambda path: PurePosixPath(path).stem.split("_")[0])
+            labelled = labelled.assign(speaker=speakers)
+            write_report(output_dir, labelled, names, known_speakers(checkpoint))
+    mel_config = checkpoint["mel_config"]
+    max_window = options.max_width * mel_config["hop_length"] / mel_config["sample_rate"]
+    print_notes(rows, options, max_window)
+
+
+# --------------------------------------------------------------------------------------
+# Files
+
+
+def count(n: int, noun: str) -> str:
+    """A number and its noun: "1 file", "1,200 files"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+class SteadyStream:
+    """Standard output or error, of which a closed pipe ends the printing and not the run.
+
+    Control characters, which file names may hold, are escaped.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        """Writes what can be shown."""
+        shown = "".join(c if c.isprintable() or c in "\n\r\t" else repr(c)[1:-1] for c in text)
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+
+    def flush(self) -> None:
+        """Flushes; a pipe that is closed becomes the null device, or Python would fail at exit."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (AttributeError, OSError, ValueError):
+            pass
+
+
+@contextlib.contextmanager
+def steady_streams() -> Iterator[None]:
+    """Standard output and error as SteadyStreams; without an error stream, both are the output."""
+    output = SteadyStream(sys.stdout)
+    error = SteadyStream(sys.stderr or sys.stdout)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+        try:
+            yield
+        finally:
+            output.flush()
+            error.flush()
+
+
+def escape_formula(value: Any, column: str) -> Any:
+    """A cell that a spreadsheet would run as a formula, made harmless; numbers stay.
+
+    A path gets ./ before it, other text an apostrophe. Source: OWASP, "CSV Injection".
+    """
+    if not isinstance(value, str) or not re.match(r"'*[=+\-@\t\r]", value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"./{value}" if column == "file" else f"'{value}"
+    return value
+
+
+def csv_lines(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
+    """Rows as lines of CSV in UTF-8; names that are no UTF-8 keep their bytes."""
+    text = io.StringIO(newline="")
+    for row in rows:
+        cells = [escape_formula(row.get(column, ""), column) for column in columns]
+        # Python before 3.13 does not see by itself that a carriage return needs quotes.
+        quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
+        csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a table as CSV, atomically."""
+    header = dict(zip(columns, columns, strict=True))
+    with atomic_write(path) as file:
+        file.write(csv_lines(columns, [header, *rows]))
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file that takes the name `path` once it is written: whole, or not there.
+
+    Until then its name cannot be guessed, so that nobody can plant a link there.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:  # a full disk's own names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files that killed runs left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_lock(
+    folder: Path, exclusive: bool = True
+) -> Iterator[tuple[bool, Callable[[], object]]]:
+    """Holds a folder until the block or the process ends.
+
+    If `exclusive`, raises UserError where another process holds it; else waits until those that
+    hold it share it. Yields whether this process has it alone, and a function that shares it.
+    Source: flock(2). Windows lacks it: nothing is checked there.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield False, int
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    alone = False
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except BlockingIOError:
+            if exclusive:
+                raise UserError(
+                    f"{folder} is in use: another run is writing there. Wait for its end, or name "
+                    "another folder."
+                ) from None
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except OSError as error:  # a file system without locks
+            print(f"Note: {folder} cannot be locked ({error.strerror}): start one run at a time.")
+        yield alone, functools.partial(fcntl.flock, descriptor, fcntl.LOCK_SH) if alone else int
+    finally:
+        os.close(descriptor)
+
+
+def in_shard(path: str, shard: tuple[int, int] | None) -> bool:
+    """Whether a file is this shard's, by the SHA-1 of its stem; shard: (I, N), None for all."""
+    if shard is None:
+        return True
+    index, n_shards = shard
+    digest = hashlib.sha1(os.fsencode(PurePosixPath(path).stem)).hexdigest()
+    return int(digest, 16) % n_shards == index
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table, as write_csv or a spreadsheet writes it, up to the first NUL.
+
+    A NUL is a power cut's mark. Raises OSError; an empty table has no rows.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for forever
+        raise OSError(None, "not a regular file", str(path))
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        text = file.read().split("\0")[0]
+    rows = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    return [
+        {name: unescape_formula(cell, name) for name, cell in row.items() if name is not None}
+        for row in rows
+    ]
+
+
+def unescape_formula(cell: str, column: str) -> str:
+    """What escape_formula was given."""
+    if column == "file":
+        return re.sub(r"^\./(?=[=+\-@\t\r])", "", cell)
+    return re.sub(r"^'(?='*[=+\-@\t\r])", "", cell)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text in UTF-8, atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def write_run_record(path: Path, packages: Iterable[str], details: dict[str, Any]) -> None:
+    """Writes run.json: what it takes to repeat the run."""
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    record = {"command": sys.argv, "platform": platform.platform()} | details
+    record["threads"] = torch.get_num_threads()  # the last digits depend on it
+    record["versions"] = {"python": platform.python_version()} | versions
+    write_text(path, json.dumps(record, indent=2, default=str) + "\n")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The dict that torch.save wrote; nothing in the file is executed. Raises UserError.
+
+    torch.load checks no CRC, so that a flipped bit would load: the zip's own are checked first.
+    Ours are stored, not compressed: what unpacks to more than the file is a bomb.
+    """
+    try:
+        if not path.is_file():
+            raise OSError(None, "no such file" if not path.exists() else "not a regular file")
+        with zipfile.ZipFile(path) as archive:
+            if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it unpacks to more than its size")
+            if record := archive.testzip():
+                raise ValueError(f"the checksum of its record {record} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from error
+    except Exception as error:  # bytes from anywhere make the unpickler raise anything
+        raise UserError(
+            f"{path} is damaged, or no checkpoint to be read safely ({str(error)[:100]}): take "
+            "the file that cremad_custom2.py wrote."
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is no checkpoint of cremad_custom2.py.")
+    return checkpoint
+
+
+def exit_with_parent() -> None:
+    """In a worker process: ignores Ctrl-C, and ends when the main process is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not inherited
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def find_labels(paths: list[str], classes: list[dict[str, str]]) -> dict[str, str]:
+    """The emotion's name by path, where names tell it in their third field (1001_DFA_ANG_XX).
+
+    Only if more than half of all files have one: of TESS's names none but `*_sad` looks like it.
+    """
+    names = {c["code"]: c["name"] for c in classes}
+    labels = {}
+    for path in paths:
+        fields = PurePosixPath(path).stem.upper().split("_")
+        if len(fields) > 2 and fields[2] in names:
+            labels[path] = names[fields[2]]
+    if labels and 2 * len(labels) <= len(paths):
+        print(
+            f"Note: {len(labels)} of {count(len(paths), 'name')} look as if their third field told "
+            "an emotion: too few, so none is taken as a label."
+        )
+        return {}
+    return labels
+
+
+class Results:
+    """The tables of a run: rows go to .partial files as their batch is done, in `folder`."""
+
+    def __init__(
+        self, folder: Path, checkpoint: dict[str, Any], options: RunOptions, model_sha256: str
+    ) -> None:
+        names = [c["name"] for c in checkpoint["classes"]]
+        start = ["file", "predicted_class", "predicted_code", "confidence"]
+        end = ["duration_s", "ignored_s", "uncertain", "true_class", "error"]
+        self.folder = folder
+        self.columns = {"classification_results": [*start, *names, *end]}
+        if options.segments:
+            columns = ["file", "start_s", "end_s", "predicted_class", "confidence", *names]
+            self.columns = {"segments": columns} | self.columns  # a file's own row is written last
+        self.note = {"model_sha256": model_sha256, "options": options._asdict()}
+
+    def path(self, kind: str, ending: str = "") -> Path:
+        """Where a table, or with ".partial" its beginning, stands."""
+        return self.folder / f"{kind}.csv{ending}"
+
+    def take_up(self, folder: Path, paths: set[str]) -> dict[str, list[dict[str, str]]]:
+        """The rows of classified files that earlier runs with the same model and options left."""
+        taken: dict[str, list[dict[str, str]]] = {kind: [] for kind in self.columns}
+        for ending in ("", ".partial"):
+            table = folder / f"classification_results.csv{ending}"
+            if not table.exists():
+                continue
+            self.check_note(folder / f"run.json{ending}", table)
+            rows = {row["file"]: row for row in read_rows(table)}
+            done = {path for path, row in rows.items() if row["predicted_class"]} & paths
+            paths = paths - done
+            taken["classification_results"] += [rows[path] for path in done]
+            if "segments" in self.columns:
+                segments = read_rows(folder / f"segments.csv{ending}")
+                taken["segments"] += [row for row in segments if row["file"] in done]
+        return taken
+
+    def check_note(self, path: Path, table: Path) -> None:
+        """Raises UserError if a table is of another model or other options."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+            before = {"model": found["model_sha256"]} | found["options"]
+        except (OSError, ValueError, KeyError, TypeError):
+            before = {}
+        now = {"model": self.note["model_sha256"]} | self.note["options"]
+        if changed := [
+            f"{name} was {before.get(name)}, now {now[name]}"
+            for name in now
+            if before.get(name) != now[name]
+        ]:
+            raise UserError(
+                f"--resume: {table} is of another model or other options ({'; '.join(changed)}): "
+                "give the same again, or leave --resume out to start anew."
+            )
+
+    def begin(self, taken: dict[str, list[dict[str, str]]]) -> set[str]:
+        """Begins the .partial files with the rows that are taken up; returns their files."""
+        remove_leftovers(self.folder)
+        if not taken:
+            for kind in ("classification_results", "segments"):
+                self.path(kind, ".partial").unlink(missing_ok=True)
+        note = json.dumps(self.note, indent=2) + "\n"
+        write_text(self.folder / "run.json.partial", note)
+        for kind, columns in self.columns.items():
+            write_csv(self.path(kind, ".partial"), columns, taken.get(kind, []))
+        return {row["file"] for row in taken.get("classification_results", [])}
+
+    def append(self, rows: dict[str, list[dict[str, Any]]]) -> None:
+        """Adds rows to the .partial files: on disk as each batch is done."""
+        for kind, columns in self.columns.items():
+            path = self.path(kind, ".partial")
+            flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            try:
+                with os.fdopen(os.open(path, flags), "ab") as file:
+                    file.write(csv_lines(columns, rows.get(kind, [])))
+            except OSError as error:  # a full disk's own names no file
+                raise OSError(error.errno, error.strerror, str(path)) from error
+
+    def publish(self, paths: list[str], labels: dict[str, str]) -> list[dict[str, Any]]:
+        """Gives the tables their names, in order of path; returns the rows of the files."""
+        order = {path: i for i, path in enumerate(paths)}
+        published = {}
+        for kind in self.columns:
+            rows = read_rows(self.path(kind, ".partial"))
+            published[kind] = sorted(rows, key=lambda row: order[row["file"]])
+        for row in published["classification_results"]:
+            row["true_class"] = labels.get(row["file"], "")
+        (self.folder / "run.json").unlink(missing_ok=True)  # no table stands beside another's note
+        for kind, columns in self.columns.items():
+            write_csv(self.path(kind), columns, published[kind])
+        (self.folder / "run.json.partial").replace(self.folder / "run.json")
+        for kind in self.columns:
+            self.path(kind, ".partial").unlink()
+        return published["classification_results"]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a table that may be an interrupted run's: a torn last line is dropped."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1))
+        is_whole = file.read(1) == b"\n"
+    rows = read_csv(path)
+    return rows if is_whole else rows[:-1]
+
+
+def shard_folder(output_dir: Path, shard: tuple[int, int] | None) -> Path:
+    """Where a run's tables go: a shard's into a folder of their own, until --resume joins them."""
+    return output_dir if shard is None else output_dir / "shard_{}_of_{}".format(*shard)
+
+
+def find_shards(output_dir: Path) -> list[Path]:
+    """The folders in which runs with --shard left their tables."""
+    folders = sorted(output_dir.glob("shard_*_of_*"))
+    return [path for path in folders if re.fullmatch(r"shard_\d+_of_\d+", path.name)]
+
+
+def take_up_all(
+    results: Results, paths: list[str], args: argparse.Namespace
+) -> dict[str, list[dict[str, str]]]:
+    """The finished rows of earlier runs: of this folder and, unless it is a shard's, of shards."""
+    wanted = set(paths)
+    if args.visualize:  # a file without its picture is done again
+        wanted = {path for path in paths if (args.output_dir / picture_path(path)).exists()}
+    taken = results.take_up(results.folder, wanted)
+    for folder in [] if args.shard else find_shards(args.output_dir):
+        with folder_lock(folder):  # UserError if that shard is still at work
+            left = wanted - {row["file"] for row in taken["classification_results"]}
+            for kind, rows in results.take_up(folder, left).items():
+                taken[kind] += rows
+    return taken
+
+
+def failed_rows(closed: dict[str, str], paths: list[str]) -> list[dict[str, str]]:
+    """Rows of the subfolders that cannot be entered."""
+    return [{"file": path, "error": closed[path]} for path in paths if path in closed]
+
+
+def classify_all(
+    paths: list[str],
+    folder: Path,
+    results: Results,
+    model: EmotionClassifier,
+    checkpoint: dict[str, Any],
+    options: RunOptions,
+    args: argparse.Namespace,
+    pool: ProcessPoolExecutor | None,
+) -> None:
+    """Classifies files under a bar; rows and pictures are on disk as each batch is done."""
+    rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in results.columns}
+    pictures: list[Future[None]] = []
+    bar = tqdm(desc="Classifying", total=len(paths), unit="file", bar_format=BAR_FORMAT)
+    with tempfile.TemporaryDirectory() as temporary, bar:
+        windows = list_windows(paths, folder, options, Path(temporary))
+        batches = classify(windows, model, checkpoint, options, args, keep_mels=pool is not None)
+        stream = itertools.chain.from_iterable(batches)
+        for _, group in itertools.groupby(stream, key=lambda p: p.window.path):
+            predictions = []
+            for prediction in group:
+                predictions.append(prediction)
+                bar.update(1 / prediction.window.n_windows)
+            rows["classification_results"].append(result_row(predictions, checkpoint, options))
+            if options.segments:
+                rows["segments"] += [segment_row(p, checkpoint, options) for p in predictions]
+            if any(p.mel is not None for p in predictions):
+                job = submit_picture(pool, args.output_dir, predictions, checkpoint, options)
+                pictures.append(job)
+            if predictions[0].window.source.parent == Path(temporary):
+                predictions[0].window.source.unlink()
+            if max(map(len, rows.values())) >= BATCHES_AHEAD * args.batch_size:
+                write_batch(results, rows, pictures)
+        write_batch(results, rows, pictures)
+    if not args.input_dir.exists():
+        raise UserError(
+            f"--input_dir {args.input_dir} went away during the run: bring it back and run again "
+            "with --resume."
+        )
+
+
+def write_batch(
+    results: Results, rows: dict[str, list[dict[str, Any]]], pictures: list[Future[None]]
+) -> None:
+    """Writes rows once their pictures are drawn, and empties both."""
+    for picture in pictures:
+        picture.result()
+    pictures.clear()
+    results.append(rows)
+    for batch in rows.values():
+        batch.clear()
+
+
+def remove_earlier(args: argparse.Namespace, paths: set[str]) -> None:
+    """Deletes what earlier runs left in --output_dir that is not of the new table.
+
+    paths: the files of the last table that are not in the new one.
+    """
+    names = ["summary.csv", "confidence_distribution.png", "confusion_matrix.png"]
+    names += ["classification_report.txt"] + ([] if args.segments else ["segments.csv"])
+    for name in names:
+        (args.output_dir / name).unlink(missing_ok=True)
+    for path in paths:
+        (args.output_dir / picture_path(path)).unlink(missing_ok=True)
+    for folder in find_shards(args.output_dir) if args.resume else []:
+        for name in ("classification_results.csv", "segments.csv", "run.json"):
+            (folder / name).unlink(missing_ok=True)
+            (folder / f"{name}.partial").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that holds anything else stays
+            folder.rmdir()
+
+
+def print_shards_note(args: argparse.Namespace) -> None:
+    """Says that shards lie in --output_dir that nobody has joined."""
+    if not args.shard and (shards := find_shards(args.output_dir)):
+        print(
+            f"Note: {count(len(shards), 'shard')} lies in {args.output_dir}: --resume joins them."
+        )
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Raises UserError if a training is kept there: its pictures and run.json would be lost."""
+    for name in ("best_model.pth", "last_checkpoint.pth"):
+        if (output_dir / name).exists():
+            raise UserError(
+                f"--output_dir {output_dir} holds a training ({name}): name another folder."
+            )
 
 
 # --------------------------------------------------------------------------------------
 # Main
 
 
-def parse_shard(text):
+def parse_shard(text: str) -> tuple[int, int]:
     """I/N of --shard, as a pair."""
-    i, _, n = text.partition("/")
-    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
-        raise argparse.ArgumentTypeError(f"{text}: take I/N, I from 0 to N - 1")
-    return int(i), int(n)
+    index, _, n_shards = text.partition("/")
+    if not (index.isdigit() and n_shards.isdigit() and int(index) < int(n_shards)):
+        raise argparse.ArgumentTypeError(f"{text}: must be I/N, I from 0 to N - 1")
+    return int(index), int(n_shards)
 
 
-def usable_cores():
-    """Cores that this process may use, of a cluster's machine its share; at most 61 on Windows, its limit."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores() -> int:
+    """Cores that this process may use; at most 61 on Windows, its limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
     return min(cores, 61) if os.name == "nt" else cores
 
 
-def parse_args():
-    """The command line, checked; a wrong one ends the program with exit status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, cores = parser.add_argument, usable_cores()
-    add("--input_dir", type=Path, required=True, help="folder of .wav and .flac files, searched through, or one file")
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; exits with status 2 if it is wrong."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--input_dir", type=Path, required=True, help="folder of sound files, or one file")
     add("--model_path", type=Path, required=True, help="best_model.pth of cremad_custom2.py")
     add("--output_dir", type=Path, required=True, help="folder for the results")
-    add("--max_width", type=int, help="frames; longer clips are cut (default: the checkpoint's, usually 191)")
+    add("--max_width", type=int, help="frames; longer clips are cut (the checkpoint's, often 191)")
     add("--cpu", action="store_true", help="do not use the GPU")
     add("--visualize", action="store_true", help="a picture for each file")
-    add("--segments", action="store_true", help="classify longer files in windows, instead of cutting them")
-    add("--window", type=float, default=3.0, help="--segments: seconds a window (default 3)")
-    add("--step", type=float, default=1.5, help="--segments: seconds between starts (default 1.5)")
-    add("--min_confidence", type=float, metavar="P", help="0 to 1: below it, the column `uncertain` is yes")
-    add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0; then --merge")
-    add("--merge", action="store_true", help="join all shards' results, then sum up as one run does")
-    add("--batch_size", type=int, default=64, help="files classified together (default 64)")
-    add("--workers", type=int, default=cores, help="threads that read, processes that draw (default: all cores)")
-    add("--resume", action="store_true", help="go on from an interrupted run's partial results")
+    add("--segments", action="store_true", help="classify longer files in windows, not cut")
+    add("--window", type=float, default=3.0, help="--segments: seconds a window (3)")
+    add("--step", type=float, default=1.5, help="--segments: seconds between starts (1.5)")
+    add("--min_confidence", type=float, metavar="P", help="0 to 1: below it, `uncertain` is yes")
+    add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, then --resume")
+    add("--batch_size", type=int, default=64, help="files classified together (64)")
+    add("--workers", type=int, default=usable_cores(), help="that read and draw (all cores)")
+    add("--resume", action="store_true", help="take up the rows that earlier runs or shards left")
     add("--strict", action="store_true", help="exit status 1 if any file failed")
-    args = parser.parse_args()
-    check_args(parser, args)
+    args = parser.parse_args(argv)
+    for name in ("max_width", "batch_size", "workers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}: must be at least 1")
+    for name in ("window", "step"):
+        if not 0.1 <= getattr(args, name) <= 3600:
+            parser.error(f"--{name} is {getattr(args, name)}: must be 0.1 to 3600 seconds")
+    if args.min_confidence is not None and not 0 <= args.min_confidence <= 1:
+        parser.error(f"--min_confidence is {args.min_confidence}: must be 0 to 1")
+    if args.step > args.window:
+        parser.error(f"--step {args.step:g} is longer than --window {args.window:g}: gaps between")
+    if not args.segments and (args.window, args.step) != (3.0, 1.5):
+        parser.error("--window and --step are for --segments: give that too")
     return args
 
 
-def check_args(parser, args):
-    """Ends the program with exit status 2 and a sentence if an option's value makes no sense."""
-    for name in ("max_width", "batch_size", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}: take at least 1")
-    for name in ("window", "step"):
-        if not 0.1 <= getattr(args, name) <= 3600:
-            parser.error(f"--{name} is {getattr(args, name)}: take 0.1 to 3600 seconds")
-    if args.min_confidence is not None and not 0 <= args.min_confidence <= 1:
-        parser.error(f"--min_confidence is {args.min_confidence}: take 0 to 1")
-    if args.step > args.window:
-        parser.error(f"--step {args.step:g} is longer than --window {args.window:g}: seconds between would go unheard")
-    if not args.segments and (args.window, args.step) != (3.0, 1.5):
-        parser.error("--window and --step are for --segments: give that too")
-    if args.shard and args.merge:
-        parser.error("--merge joins what --shard made: give one of the two")
-
-
-def picture_paths(paths, output_dir):
-    """Where each file's picture goes: its stem .png; a.wav beside a.flac: a.wav.png, a.flac.png."""
-    stems = {path: os.path.splitext(path)[0] for path in paths}
-    counts = Counter(stems.values())
-    folder = output_dir / "mel_spectrograms"
-    return {path: folder / f"{stem if counts[stem] == 1 else path}.png" for path, stem in stems.items()}
-
-
-def classify_windows(windows, args, model, checkpoint, device):
-    """Yields an Answer for each window: the spectrogram is None unless it is to be drawn."""
-    config = checkpoint["mel_config"]
-    seconds = (args.max_width * config["hop_length"] + config["n_fft"]) / config["sample_rate"]
-    read = functools.partial(
-        read_clip, folder=args.folder, mel_config=config, seconds=args.window if args.segments else seconds
-    )
-    for some, clips in read_ahead(windows, read, args.workers, BATCHES_AT_ONCE * args.batch_size):
-        mels = [mel for mel, _, _ in clips]
-        probabilities = classify(mels, model, checkpoint, args.max_width, args.batch_size, device)
-        for (path, start), (mel, length, error), p in zip(some, clips, probabilities, strict=True):
-            shown = None
-            if args.visualize and mel is not None:
-                shown = mel[:, : args.max_width]
-                if length > args.window and args.segments:  # of an hour not every frame: a picture has no room for them
-                    shown = shown[:, :: 1 + int(length / 60)]
-            yield Answer(path, start, shown, length, error, p)
-
-
-def classify_all(args, paths, model, checkpoint, device, artists):
-    """Classifies the paths, file by file, into the tables of Results."""
-    results = Results(args, checkpoint, paths, artists)
-    left = [path for path in paths if cell(path) not in results.done]
-    windows = cut_windows(left, args.folder, args.window if args.segments else None, args.step)
-    with tqdm(total=len(windows), desc="Classifying", unit="window" if args.segments else "file") as bar:
-        answers = classify_windows(windows, args, model, checkpoint, device)
-        for path, some in itertools.groupby(answers, key=lambda answer: answer.path):
-            bar.update(results.add(path, some))
-            if max(map(len, results.new.values())) >= BATCHES_AT_ONCE * args.batch_size:
-                results.write()
-        if not args.input_dir.exists():
-            sys.exit(f"--input_dir {args.input_dir} went away during the run: bring it back and run it with --resume.")
-        results.finish()
-
-
-def follow_parent():
-    """In a worker process: ends it when the main process is killed, which a pool never notices by itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not inherited
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-@contextlib.contextmanager
-def deaf_to_ctrl_c():
-    """Worker processes that start in it never hear of Ctrl-C, which is for the main process and not lost there."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-@contextlib.contextmanager
-def drawing_processes(workers):
-    """Processes that draw, started before the first thread is, so that forking is safe."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    artists = ProcessPoolExecutor(workers, context, follow_parent)
-    try:
-        with deaf_to_ctrl_c():
-            artists.submit(int).result()
-        yield artists
-    except BrokenProcessPool:
-        sys.exit("A drawing process was killed, most often for want of memory: run again with fewer --workers.")
-    finally:
-        artists.shutdown(cancel_futures=True)
-
-
-def merge(args, checkpoint, paths):
-    """Joins the shards' tables into partial ones, sorted as one run would have them; returns the shards' files."""
-    order, shards, note = {cell(path): i for i, path in enumerate(paths)}, [], run_note(args, checkpoint)
-    for kind, columns in table_columns(args, checkpoint).items():
-        found = {path.name: path for path in args.output_dir.glob(f"{kind}.[0-9]*-of-[0-9]*.csv")}
-        n = next((int(re.search(r"-of-(\d+)", name)[1]) for name in found), 0)
-        parts = {i: table_path(args, kind, (i, n)) for i in range(n)}
-        begun = {path for path in parts.values() if Path(f"{path}.partial").exists()}  # again: the note is that run's
-        lost = [f"--shard {i}/{n}" for i, path in parts.items() if path.name not in found or path in begun]
-        if lost or len(found) != n or not n:
-            words = f": run {', '.join(lost)}" if lost else f": delete those of another N than {n}" if n else ""
-            sys.exit(f"--merge: {args.output_dir} holds {len(found)} shards' {kind}, not one of each{words}.")
-        for i in parts if kind == "classification_results" else ():
-            if not is_noted(shard_note := table_path(args, kind, (i, n), ".run"), note):
-                sys.exit(
-                    f"--merge: shard {i}/{n} was run with another model, --input_dir or option "
-                    f"({', '.join(RUN_OPTIONS)}): give the same ones to all shards and to --merge."
-                )
-            shards.append(shard_note)
-        rows = [row for path in parts.values() for row in read_rows(path, columns)]
-        rows.sort(key=lambda row: order.get(row[0], len(order)))
-        changed = order.keys() ^ {row[0] for row in rows}
-        if changed and kind == "classification_results":
-            words = f"{min(changed)} came or went since the shards ran ({len(changed)} files did): run them again."
-            sys.exit(f"--merge: {words}")
-        with whole_file(table_path(args, kind, end=".partial")) as temporary:
-            write_rows(temporary, "w", [columns, *rows])
-        shards += parts.values()
-    return shards
-
-
-def name_tables(args, kinds, shards):
-    """Gives the finished tables their names; deletes what led to them: the shards' files, and the run's note."""
-    for kind in kinds:
-        os.replace(table_path(args, kind, args.shard, ".partial"), table_path(args, kind, args.shard))
-    for path in shards:
-        path.unlink()
-    if not args.shard:  # --merge will hold a shard's against the others'
-        table_path(args, "classification_results", end=".run").unlink(missing_ok=True)
-
-
-def sum_up(args, checkpoint):
-    """Summary, pictures and closing lines of the finished partial table; returns the exit status."""
-    path = table_path(args, "classification_results", args.shard, ".partial")
-    results = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="surrogateescape")
-    failed, unheard = int((results.error != "").sum()), results.unheard_s[results.error == ""].astype(float)
-    if not args.shard:
-        remove_earlier(args.output_dir)
-    if failed < len(results) and not args.shard:
-        write_summary(args.output_dir, results, checkpoint)
-    if (unheard > 0).any():
-        print(
-            f"{(unheard > 0).sum()} files are longer than {args.max_width} frames: {unheard.sum():,.1f} s are unheard "
-            "(column unheard_s). --segments hears them all."
+def run_options(args: argparse.Namespace, checkpoint: dict[str, Any]) -> RunOptions:
+    """What the rows depend on besides the model; raises UserError for a window that is too long."""
+    max_width = args.max_width or checkpoint["max_width"]
+    mel_config = checkpoint["mel_config"]
+    longest = max_width * mel_config["hop_length"] / mel_config["sample_rate"]
+    if args.segments and args.window > longest:
+        raise UserError(
+            f"--window {args.window:g} s is longer than --max_width, {max_width} frames "
+            f"({longest:.2f} s)."
         )
-    if args.min_confidence is not None:
-        print(f"{(results.uncertain == 'yes').sum()} files are uncertain: confidence under {args.min_confidence:g}.")
-    if failed:
-        print(f"{failed} of {len(results)} files could not be classified: the column `error` says why.")
-    if failed == len(results) and failed:
-        print(f"No file could be classified, the first because it is {results.error[0]}", file=sys.stderr)
-    return 1 if failed and (args.strict or failed == len(results)) else 0
+    input_dir = str(args.input_dir.resolve())
+    segments = (args.segments, args.window, args.step)
+    return RunOptions(input_dir, max_width, *segments, args.min_confidence)
 
 
-def check_window(args, mel_config):
-    """Ends the program if --window is longer than what the model hears at once."""
-    most = args.max_width * mel_config["hop_length"] / mel_config["sample_rate"]
-    if args.segments and args.window > most:
-        sys.exit(f"--window {args.window:g} s is longer than --max_width, {args.max_width} frames ({most:.2f} s).")
-
-
-def main():
+def classify_folder(args: argparse.Namespace) -> int:
     """Loads the model, classifies, draws, sums up; returns the exit status."""
-    args, started = parse_args(), time.perf_counter()
-    with contextlib.suppress(AttributeError):  # IDLE and notebooks have outputs of their own
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
-    torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
-    with drawing_processes(args.workers) if args.visualize else contextlib.nullcontext() as artists:
+    started = time.perf_counter()
+    with drawing_pool(args.workers if args.visualize else 0) as pool:
         device = gpu_or_cpu(args.cpu)
-        model, checkpoint = load_checkpoint(args.model_path, device)
-        args.max_width = args.max_width or checkpoint["max_width"]
-        check_window(args, checkpoint["mel_config"])
-        args.folder = args.input_dir if args.input_dir.is_dir() else args.input_dir.parent
-        paths = find_files(args.input_dir)
-        if not paths:
-            words = "is no folder, and no .wav or .flac file" if args.input_dir.exists() else "does not exist"
-            empty = "holds no .wav or .flac file, nor does any folder below it; convert others: ffmpeg -i a.mp3 a.wav"
-            sys.exit(f"--input_dir {args.input_dir} {empty if args.input_dir.is_dir() else words}.")
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        shards = merge(args, checkpoint, paths) if args.merge else []
-        if not args.merge:
-            paths = [path for path in paths if in_shard(path, args.shard)]
-            print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {len(paths):,} files.")
-            classify_all(args, paths, model, checkpoint, device, artists)
-    status, seconds = sum_up(args, checkpoint), time.perf_counter() - started
-    name_tables(args, table_columns(args, checkpoint), shards)
-    packages = "librosa matplotlib numpy pandas scikit-learn soundfile torch".split()
-    record = run_record(seconds, packages, arguments=vars(args), model_sha256=checkpoint["sha256"], device=device)
-    write_text(table_path(args, "run", args.shard).with_suffix(".json"), record)
-    print(f"{seconds:.1f} s. Results: {table_path(args, 'classification_results', args.shard)}")
-    return status
+        model, checkpoint = load_model(args.model_path, device)
+        options = run_options(args, checkpoint)
+        folder, found, closed = find_input(args.input_dir)
+        labels = find_labels(found, checkpoint["classes"])
+        paths = sorted(path for path in [*found, *closed] if in_shard(path, args.shard))
+        check_output_dir(args.output_dir)
+        tables = shard_folder(args.output_dir, args.shard)
+        tables.mkdir(parents=True, exist_ok=True)
+        n_files = count(len(paths), "file")
+        print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {n_files}.")
+        with folder_lock(tables):
+            results = Results(tables, checkpoint, options, hash_file(args.model_path))
+            earlier = {row["file"] for row in read_rows(results.path("classification_results"))}
+            done = results.begin(take_up_all(results, paths, args) if args.resume else {})
+            results.append({"classification_results": failed_rows(closed, paths)})
+            todo = [path for path in paths if path not in done and path not in closed]
+            classify_all(todo, folder, results, model, checkpoint, options, args, pool)
+            rows = results.publish(paths, labels)
+            if not args.shard:
+                remove_earlier(args, earlier - set(paths))
+                report(args.output_dir, rows, checkpoint, options)
+            details = {"device": str(device), "seconds": round(time.perf_counter() - started, 1)}
+            write_run_record(tables / "run.json", PACKAGES, results.note | details)
+    print_shards_note(args)
+    print(f"{details['seconds']} s. Results: {results.path('classification_results')}")
+    failed = [row for row in rows if row["error"]]
+    if rows and len(failed) == len(rows):
+        raise UserError(f"No file could be classified, the first because: {failed[0]['error']}")
+    return 1 if args.strict and failed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line, and tells errors as sentences; returns the exit status."""
+    with steady_streams():
+        args = parse_args(argv)
+        # oneDNN keeps memory for every shape that it has met, 1,024 by default: gigabytes.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+        torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
+        try:
+            # pyarrow, where it is installed, refuses names that are no UTF-8.
+            with pd.option_context("mode.string_storage", "python"):
+                return classify_folder(args)
+        except UserError as error:
+            message, status = str(error), 1
+        except torch.OutOfMemoryError:
+            message = "The GPU's memory is full: run again with --resume and a lower --batch_size, "
+            message += "or with --cpu."
+            status = 1
+        except OSError as error:
+            what = f"{error.filename or 'A file'}: {error.strerror or error}"
+            message = f"{what}. What was written stays: fix this and run again with --resume."
+            status = 1
+        except KeyboardInterrupt:
+            message = "\nStopped. The rows that were written stay: the same command with --resume "
+            message += "goes on from there."
+            status = 130
+        print(message, file=sys.stderr)
+        return status
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except torch.OutOfMemoryError:
-        sys.exit("The GPU's memory is full: run again with --resume and a lower --batch_size, or with --cpu.")
-    except OSError as error:
-        sys.exit(
-            f"{error.filename or 'A file'}: {error.strerror or error}. What was written before stays: "
-            "mend this and run again with --resume."
-        )
+    sys.exit(main())
