@@ -178,7 +178,7 @@ def all_positive_ints(values: Any, n: int) -> bool:
     return all(type(value) is int and value >= 1 for value in values)
 
 
-def wrong_mel_settings(settings: dict[str, Any]) -> str:
+def wrong_mel_settings(settings: dict) -> str:
     """What is wrong with mel settings, in words; "" if nothing is."""
     whole = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
     for name, (least, most) in whole.items():
@@ -198,7 +198,7 @@ def wrong_mel_settings(settings: dict[str, Any]) -> str:
     return ""
 
 
-def read_mel_config(mel_dir: Path) -> tuple[dict[str, Any], int | None]:
+def read_mel_config(mel_dir: Path) -> tuple[dict, int | None]:
     """mel_config.json: the six mel settings, and how many originals a finished run left."""
     path = mel_dir / "mel_config.json"
     if not mel_dir.is_dir():
@@ -320,8 +320,8 @@ def assign_split(clips: pd.DataFrame) -> pd.DataFrame:
         groups = originals.actor if SPLIT == "actor" else originals.stem
         if groups.nunique() < 3:
             raise UserError(
-                f"MEL_DIR = {MEL_DIR!r} holds originals of {count(groups.nunique(), SPLIT)}: a split "
-                f"by {SPLIT} needs at least three, one each to train, validate and test."
+                f"MEL_DIR = {MEL_DIR!r} holds {count(groups.nunique(), SPLIT)}: a split by {SPLIT} "
+                "needs at least three, one each to train, validate and test."
             )
         part = split_evenly(groups, originals.emotion, SEED)
     else:
@@ -343,7 +343,7 @@ def assign_split(clips: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_spectrogram(path: Path, n_mels: int) -> np.ndarray:
-    """One .npy, float32 (frames, mel bands); raises UserError for what mel_generator.py never made."""
+    """One .npy, float32 (frames, mel bands); UserError for what the generator never made."""
     fix = "delete it and run mel_generator.py again."
     try:
         if not path.is_file():
@@ -379,7 +379,7 @@ def allocate_frames(n_frames: int, n_mels: int) -> np.ndarray:
     n_bytes = 4 * n_frames * n_mels
     if n_bytes < memory_limit() / 2 / int(os.environ.get("LOCAL_WORLD_SIZE") or 1):
         return np.empty((n_frames, n_mels), np.float32)
-    file = tempfile.TemporaryFile(dir=OUTPUT_DIR)
+    file = tempfile.TemporaryFile(dir=OUTPUT_DIR)  # noqa: SIM115  the array keeps it open
     if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process at once
         os.posix_fallocate(file.fileno(), 0, n_bytes)
     return np.memmap(file, np.float32, "r+", shape=(n_frames, n_mels))
@@ -453,7 +453,7 @@ class Spectrograms:
         return {"mean": mean.tolist(), "std": std.tolist()}, varies
 
     def to_gpu_if_it_fits(self, device: torch.device) -> None:
-        """Moves all frames to a GPU of which they take less than half; else batches go one by one."""
+        """Moves all frames to a GPU of which they take less than half; else batch by batch."""
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             if self.frames.nbytes < free / 2:
@@ -547,7 +547,7 @@ def random_eq(n_clips: int, n_mels: int) -> Tensor:
 
 
 def random_outer_bands(n_clips: int, n_mels: int) -> Tensor:
-    """True at the lowest and highest bands of a share NARROW_BAND of the clips: a telephone line."""
+    """True at the outer bands of a share NARROW_BAND of the clips: a telephone line."""
     low = 0.1 * torch.rand(n_clips, 1) * n_mels
     high = (0.7 + 0.3 * torch.rand(n_clips, 1)) * n_mels
     band = torch.arange(n_mels)
@@ -756,9 +756,7 @@ def try_device(device: torch.device) -> None:
 class TrainState:
     """What an epoch changes and last_checkpoint.pth keeps: weights, schedules, history."""
 
-    def __init__(
-        self, model_config: dict[str, Any], device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model_config: dict, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(SEED)
         self.device = device
         self.dtype = dtype
@@ -783,23 +781,23 @@ class TrainState:
         # On a GPU always: autocast copies the LSTM's weights to float16 (pytorch/pytorch#42385).
         is_scaled = device.type == "cuda" and dtype != torch.float32
         self.scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
-        self.history: list[dict[str, Any]] = []
+        self.history: list[dict] = []
         self.best_epoch = 0
         self.best_accuracy = -1.0
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict:
         """What has a state dict of its own."""
         names = ("model", "ema", "optimizer", "scheduler", "scaler")
         return {name: getattr(self, name) for name in names}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict:
         """Everything that the next epoch depends on."""
         state = {name: part.state_dict() for name, part in self.parts().items()}
         names = ("history", "best_epoch", "best_accuracy")
         state |= {name: getattr(self, name) for name in names}
         return state | {"dtype": dtype_name(self.dtype), "device_type": self.device.type}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict) -> None:
         """Takes up what state_dict returned."""
         for name, part in self.parts().items():
             if state[name]:  # a gradient scaler that is off has nothing to tell
@@ -818,7 +816,7 @@ class TrainState:
             progress = (epoch - 1 + share) / WARMUP_EPOCHS
             self.optimizer.param_groups[0]["lr"] = self.peak_lr * progress
 
-    def step(self, row: dict[str, Any]) -> bool:
+    def step(self, row: dict) -> bool:
         """Takes an epoch's row of the history; lowers the learning rate; whether it is the best."""
         self.history.append(row)
         if row["epoch"] > WARMUP_EPOCHS:
@@ -858,8 +856,8 @@ def pick_device() -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f'DEVICE = {DEVICE!r} cannot be used here ({reason}): must be "auto", "cpu", "cuda" or, '
-            'with several GPUs, "cuda:1".'
+            f'DEVICE = {DEVICE!r} cannot be used here ({reason}): must be "auto", "cpu", "cuda" '
+            'or, with several GPUs, "cuda:1".'
         ) from error
     return device
 
@@ -888,7 +886,7 @@ def bfloat16_is_faster() -> bool:
     return fastest[torch.bfloat16] < 0.8 * fastest[torch.float32]
 
 
-def choose_dtype(device: torch.device, progress: dict[str, Any] | None) -> torch.dtype:
+def choose_dtype(device: torch.device, progress: dict | None) -> torch.dtype:
     """The dtype of the training that is resumed, on the same type of device; else pick_dtype's."""
     if progress and progress["device_type"] == device.type:
         return getattr(torch, progress["dtype"])
@@ -970,7 +968,7 @@ def train_step(state: TrainState, x: Tensor, lengths: Tensor, label: Tensor) -> 
     return torch.stack([loss.detach(), n_right])  # .item() would wait for the GPU
 
 
-def fit(state: TrainState, data: Spectrograms, clips: pd.DataFrame, config: dict[str, Any]) -> None:
+def fit(state: TrainState, data: Spectrograms, clips: pd.DataFrame, config: dict) -> None:
     """Trains epoch by epoch until the end; after each, all that it takes to go on is on disk."""
     while not state.is_finished():
         epoch = len(state.history) + 1
@@ -998,7 +996,7 @@ def fit(state: TrainState, data: Spectrograms, clips: pd.DataFrame, config: dict
 
 def validate(
     state: TrainState, data: Spectrograms, loss: float, accuracy: float, seconds: float
-) -> tuple[dict[str, Any], float]:
+) -> tuple[dict, float]:
     """The history's row for an epoch that took `seconds` to train, and the temperature."""
     model = state.ema.module
     logits = predict_logits(model, data.part("val"), BATCH_SIZE, state.device)
@@ -1067,9 +1065,7 @@ def uar_interval(true: Tensor, predicted: Tensor, actors: np.ndarray) -> list[fl
     return np.percentile(values, [2.5, 97.5]).tolist()
 
 
-def compute_metrics(
-    logits: Tensor, label: Tensor, actors: np.ndarray, temperature: float
-) -> dict[str, Any]:
+def compute_metrics(logits: Tensor, label: Tensor, actors: np.ndarray, temperature: float) -> dict:
     """The figures of metrics.json for validation or test."""
     from sklearn.metrics import f1_score  # here, because it takes a second to import
 
@@ -1119,7 +1115,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 200) -> None:
         figure.savefig(file, format="png", dpi=dpi)
 
 
-def plot_history(path: Path, history: list[dict[str, Any]], best_epoch: int) -> None:
+def plot_history(path: Path, history: list[dict], best_epoch: int) -> None:
     """Loss, accuracy and learning rate over the epochs, the best one marked."""
     table = pd.DataFrame(history).set_index("epoch")
     figure = Figure(figsize=(3.5, 6.5), layout="constrained")
@@ -1189,7 +1185,7 @@ def plot_report(
     save_figure(figure, path)
 
 
-def most_confident_mistakes(table: pd.DataFrame, n: int = 10) -> list[dict[str, Any]]:
+def most_confident_mistakes(table: pd.DataFrame, n: int = 10) -> list[dict]:
     """The wrong answers given with most confidence: stem, true and predicted class, confidence."""
     table = table.assign(confidence=table[list(EMOTIONS.values())].max(axis=1))
     wrong = table[table.true_class != table.predicted_class].nlargest(n, "confidence")
@@ -1209,7 +1205,7 @@ def predictions_table(
     return table
 
 
-def write_report(output_dir: Path, table: pd.DataFrame, metrics: dict[str, Any]) -> None:
+def write_report(output_dir: Path, table: pd.DataFrame, metrics: dict) -> None:
     """Writes metrics.json, test_predictions.csv, report and confusion matrix."""
     from sklearn.metrics import classification_report  # here, because it takes a second to import
 
@@ -1229,7 +1225,7 @@ def report(
     data: Spectrograms,
     clips: pd.DataFrame,
     state: TrainState,
-    config: dict[str, Any],
+    config: dict,
     started: float,
 ) -> None:
     """Figures, predictions and pictures of best_model.pth, read back from its file."""
@@ -1290,9 +1286,7 @@ def find_notes(clips: pd.DataFrame, data: Spectrograms) -> list[str]:
     return notes
 
 
-def print_setup(
-    clips: pd.DataFrame, data: Spectrograms, state: TrainState, config: dict[str, Any]
-) -> None:
+def print_setup(clips: pd.DataFrame, data: Spectrograms, state: TrainState, config: dict) -> None:
     """Constants, split and device, before the first epoch; and what makes figures worth less."""
     constants = [f"{name} = {config[name]!r}" for name in (*CONSTANTS, "MEL_CONFIG")]
     print(textwrap.fill("  ".join(constants), 100))
@@ -1308,7 +1302,7 @@ def print_setup(
     print("Columns of two: training, validation. * best so far.", flush=True)
 
 
-def print_epoch(row: dict[str, Any], is_best: bool) -> None:
+def print_epoch(row: dict, is_best: bool) -> None:
     """The epoch's line."""
     n_left = EPOCHS - row["epoch"]
     left = f"  at most {n_left * row['seconds'] / 60:.0f} min left" if n_left else ""
@@ -1321,7 +1315,7 @@ def print_epoch(row: dict[str, Any], is_best: bool) -> None:
     )
 
 
-def print_summary(output_dir: Path, metrics: dict[str, Any]) -> None:
+def print_summary(output_dir: Path, metrics: dict) -> None:
     """The closing lines: figures of best_model.pth, and where everything is."""
     minutes = metrics["seconds"] / 60
     print(
@@ -1411,7 +1405,7 @@ def escape_formula(value: Any, column: str) -> Any:
     return value
 
 
-def csv_lines(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
+def csv_lines(columns: Sequence[str], rows: Iterable[dict]) -> bytes:
     """Rows as lines of CSV in UTF-8; names that are no UTF-8 keep their bytes."""
     text = io.StringIO(newline="")
     for row in rows:
@@ -1422,7 +1416,7 @@ def csv_lines(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
     """Writes a table as CSV, atomically."""
     header = dict(zip(columns, columns, strict=True))
     with atomic_write(path) as file:
@@ -1512,7 +1506,7 @@ def unescape_formula(cell: str, column: str) -> str:
     return re.sub(r"^'(?='*[=+\-@\t\r])", "", cell)
 
 
-def write_run_record(path: Path, packages: Iterable[str], details: dict[str, Any]) -> None:
+def write_run_record(path: Path, packages: Iterable[str], details: dict) -> None:
     """Writes run.json: what it takes to repeat the run."""
     versions = {name: importlib.metadata.version(name) for name in packages}
     record = {"command": sys.argv, "platform": platform.platform()} | details
@@ -1527,7 +1521,7 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict:
     """The dict that torch.save wrote; nothing in the file is executed. Raises UserError.
 
     torch.load checks no CRC, so that a flipped bit would load: the zip's own are checked first.
@@ -1554,7 +1548,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read_best_model(path: Path, device: torch.device) -> tuple[EmotionClassifier, dict[str, Any]]:
+def read_best_model(path: Path, device: torch.device) -> tuple[EmotionClassifier, dict]:
     """The model of our own best_model.pth in evaluation mode, and the file's dict."""
     checkpoint = read_checkpoint(path)
     model = EmotionClassifier(**checkpoint["model_config"])
@@ -1562,9 +1556,7 @@ def read_best_model(path: Path, device: torch.device) -> tuple[EmotionClassifier
     return model.to(device).eval(), checkpoint
 
 
-def training_config(
-    clips: pd.DataFrame, mel_config: dict[str, Any], data: Spectrograms
-) -> dict[str, Any]:
+def training_config(clips: pd.DataFrame, mel_config: dict, data: Spectrograms) -> dict:
     """Constants, mel settings, hashes of split and data: what a resumed run must share."""
     split = clips[["stem", "variant", "split"]].to_csv(index=False, lineterminator="\n")
     split_bytes = split.encode("utf-8", "surrogateescape")
@@ -1578,7 +1570,7 @@ def training_config(
     }
 
 
-def model_config(n_mels: int) -> dict[str, Any]:
+def model_config(n_mels: int) -> dict:
     """All that the model's constructor takes."""
     return {
         "n_mels": n_mels,
@@ -1591,7 +1583,7 @@ def model_config(n_mels: int) -> dict[str, Any]:
     }
 
 
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """torch.save, atomically, with a full disk told as the OSError that it is."""
     with atomic_write(path) as file:
         try:
@@ -1600,7 +1592,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
             raise OSError(None, f"could not be written (is the disk full?): {error}") from error
 
 
-def save_progress(state: TrainState, config: dict[str, Any]) -> None:
+def save_progress(state: TrainState, config: dict) -> None:
     """Writes last_checkpoint.pth and history.csv."""
     output_dir = Path(OUTPUT_DIR)
     save_checkpoint(output_dir / "last_checkpoint.pth", state.state_dict() | {"config": config})
@@ -1608,11 +1600,7 @@ def save_progress(state: TrainState, config: dict[str, Any]) -> None:
 
 
 def save_best_model(
-    state: TrainState,
-    data: Spectrograms,
-    clips: pd.DataFrame,
-    config: dict[str, Any],
-    temperature: float,
+    state: TrainState, data: Spectrograms, clips: pd.DataFrame, config: dict, temperature: float
 ) -> None:
     """Writes best_model.pth: tensors and plain Python values, so that weights_only=True loads it.
 
@@ -1648,7 +1636,7 @@ def save_best_model(
     save_checkpoint(Path(OUTPUT_DIR) / "best_model.pth", checkpoint)
 
 
-def read_progress(output_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+def read_progress(output_dir: Path, config: dict) -> dict | None:
     """What last_checkpoint.pth holds; None if there is none; UserError for different settings."""
     path = output_dir / "last_checkpoint.pth"
     if not path.exists():
@@ -1661,8 +1649,9 @@ def read_progress(output_dir: Path, config: dict[str, Any]) -> dict[str, Any] | 
         )
     progress = read_checkpoint(path)
     before = progress.get("config")
-    is_ours = {"model", "ema", "history", "device_type"} <= progress.keys()
-    if not is_ours or not isinstance(before, dict):
+    is_ours = {"model", "ema", "optimizer", "scheduler", "scaler", "history"} <= progress.keys()
+    has_dtype = progress.get("dtype") in ("float32", "bfloat16", "float16")
+    if not is_ours or not has_dtype or not isinstance(before, dict):
         raise UserError(f"RESUME = True, but {path} is no checkpoint of this script.")
     if changed := [
         f"{name} was {before.get(name)!r}, now {value!r}"
@@ -1688,7 +1677,7 @@ def prepare_folder(output_dir: Path, clips: pd.DataFrame, is_resumed: bool) -> N
 
 
 def move_earlier(output_dir: Path) -> None:
-    """Moves an earlier training's files to a new folder: nothing destroys them, nothing mixes in."""
+    """Moves an earlier training's files to a new folder, so that nothing destroys them."""
     # fmt: off
     names = ("best_model.pth", "last_checkpoint.pth", "history.csv", "training_history.png",
              "confusion_matrix.png", "classification_report.txt", "test_report.png", "metrics.json",
@@ -1724,6 +1713,12 @@ def parse_args(argv: Sequence[str] | None = None) -> None:
             f"{' '.join(unknown)}: there are no arguments. Edit the constants at the top of "
             f"{Path(__file__).name}, from the line '# Constants' on."
         )
+
+
+def fail(message: str, status: int = 1) -> int:
+    """Tells why the run ends; returns the exit status."""
+    print(message, file=sys.stderr)
+    return status
 
 
 def train_model() -> int:
@@ -1769,22 +1764,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             with pd.option_context("mode.string_storage", "python"):
                 return train_model()
         except UserError as error:
-            message, status = str(error), 1
+            return fail(str(error))
         except torch.OutOfMemoryError:
-            message = f"The GPU has too little memory: lower BATCH_SIZE ({BATCH_SIZE}), or set "
-            message += 'DEVICE = "cpu" and RESUME = True.'
-            status = 1
+            return fail(f"The GPU has too little memory: lower BATCH_SIZE ({BATCH_SIZE}).")
         except OSError as error:
             what = f"{error.filename or OUTPUT_DIR}: {error.strerror or error}"
-            message = f"{what}. The epochs that ended are in {OUTPUT_DIR}: fix this, set "
-            message += "RESUME = True and run again."
-            status = 1
+            return fail(f"{what}. Fix this, set RESUME = True and run again.")
         except KeyboardInterrupt:
-            message = "\nStopped. The epochs that ended are in OUTPUT_DIR: set RESUME = True and "
-            message += "run again."
-            status = 130
-        print(message, file=sys.stderr)
-        return status
+            return fail("\nStopped. To go on, set RESUME = True and run again.", 130)
 
 
 if __name__ == "__main__":

@@ -319,7 +319,7 @@ def load_audio(
 # Features
 
 
-def wrong_mel_settings(settings: dict[str, Any]) -> str:
+def wrong_mel_settings(settings: dict) -> str:
     """What is wrong with mel settings, in words; "" if nothing is."""
     whole = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
     for name, (least, most) in whole.items():
@@ -582,7 +582,7 @@ def try_device(device: torch.device) -> None:
 # Checkpoint
 
 
-def load_model(path: Path, device: torch.device) -> tuple[EmotionClassifier, dict[str, Any]]:
+def load_model(path: Path, device: torch.device) -> tuple[EmotionClassifier, dict]:
     """The model of best_model.pth in evaluation mode, and the file's dict; raises UserError.
 
     No memory is taken for a model of other sizes than the file's: it is built on the meta device
@@ -608,7 +608,7 @@ def load_model(path: Path, device: torch.device) -> tuple[EmotionClassifier, dic
     return model.to(device).eval(), checkpoint
 
 
-def wrong_checkpoint(checkpoint: dict[str, Any]) -> str:
+def wrong_checkpoint(checkpoint: dict) -> str:
     """What is wrong with the values beside the weights, in words; "" if nothing is."""
     types = {
         "format_version": int, "model_state_dict": dict, "model_config": dict, "mel_config": dict,
@@ -629,7 +629,7 @@ def wrong_checkpoint(checkpoint: dict[str, Any]) -> str:
     return ""
 
 
-def wrong_model_config(checkpoint: dict[str, Any]) -> str:
+def wrong_model_config(checkpoint: dict) -> str:
     """What is wrong with the model's and the mel settings, in words; "" if nothing is."""
     config = checkpoint["model_config"]
     mel = checkpoint["mel_config"]
@@ -665,7 +665,7 @@ def all_positive_ints(values: Any, n: int) -> bool:
     return all(type(value) is int and value >= 1 for value in values)
 
 
-def wrong_values(checkpoint: dict[str, Any]) -> str:
+def wrong_values(checkpoint: dict) -> str:
     """What is wrong with normalisation, classes and the rest, in words; "" if nothing is."""
     n_mels = checkpoint["model_config"]["n_mels"]
     if n_mels != checkpoint["mel_config"]["n_mels"]:
@@ -693,7 +693,7 @@ def wrong_values(checkpoint: dict[str, Any]) -> str:
     return ""
 
 
-def known_speakers(checkpoint: dict[str, Any]) -> set[str]:
+def known_speakers(checkpoint: dict) -> set[str]:
     """The speakers that trained or validated the model, as the checkpoint names them."""
     speakers = checkpoint.get("speakers")
     lists = speakers.values() if isinstance(speakers, dict) else []
@@ -744,7 +744,7 @@ class RunOptions(NamedTuple):
     step: float  # seconds
     min_confidence: float | None
 
-    def seconds(self, mel_config: dict[str, Any]) -> float:
+    def seconds(self, mel_config: dict) -> float:
         """How much of a window is decoded: what the model hears, and half a frame's padding."""
         if self.segments:
             return self.window
@@ -807,7 +807,7 @@ def list_windows(
 
 
 def read_window(
-    window: Window, mel_config: dict[str, Any], options: RunOptions
+    window: Window, mel_config: dict, options: RunOptions
 ) -> tuple[np.ndarray | None, float, str]:
     """Log-mel spectrogram of a window, the recording's length in seconds, what is wrong or ""."""
     rate, hop_length = mel_config["sample_rate"], mel_config["hop_length"]
@@ -841,10 +841,7 @@ def prefetch(
 
 
 def predict_probabilities(
-    mels: list[np.ndarray | None],
-    model: EmotionClassifier,
-    checkpoint: dict[str, Any],
-    batch_size: int,
+    mels: list[np.ndarray | None], model: EmotionClassifier, checkpoint: dict, batch_size: int
 ) -> np.ndarray:
     """Probabilities (clips, classes) of log-mels (mel bands, frames) in dB; NaN for None."""
     device = next(model.parameters()).device
@@ -862,7 +859,7 @@ def predict_probabilities(
 def classify(
     windows: Iterable[Window],
     model: EmotionClassifier,
-    checkpoint: dict[str, Any],
+    checkpoint: dict,
     options: RunOptions,
     args: argparse.Namespace,
     keep_mels: bool,
@@ -884,14 +881,12 @@ def thin_out(mel: np.ndarray, duration: float) -> np.ndarray:
     return mel[:, :: 1 + int(duration / 60)].copy()
 
 
-def result_row(
-    predictions: list[WindowPrediction], checkpoint: dict[str, Any], options: RunOptions
-) -> dict[str, Any]:
+def result_row(predictions: list[WindowPrediction], checkpoint: dict, options: RunOptions) -> dict:
     """A file's row of classification_results.csv: the mean over its windows.
 
     A window of silence in a recording with sound is a pause, other damage the file's error.
     """
-    row: dict[str, Any] = {"file": predictions[0].window.path}
+    row: dict = {"file": predictions[0].window.path}
     good = [p for p in predictions if not p.error]
     errors = [p.error for p in predictions if p.error]
     if damage := [e for e in errors if not (good and e.startswith("silent"))]:
@@ -911,9 +906,7 @@ def result_row(
     return row
 
 
-def segment_row(
-    prediction: WindowPrediction, checkpoint: dict[str, Any], options: RunOptions
-) -> dict[str, Any]:
+def segment_row(prediction: WindowPrediction, checkpoint: dict, options: RunOptions) -> dict:
     """A window's row of segments.csv; a window without sound has no class."""
     start = prediction.window.start
     end = start + options.window
@@ -959,11 +952,7 @@ def clip_figure(names: tuple[str, ...]) -> tuple[Figure, Any, Any, Any, Any]:
 
 
 def draw_clip(
-    path: Path,
-    title: str,
-    prediction: WindowPrediction,
-    mel_config: dict[str, Any],
-    names: tuple[str, ...],
+    path: Path, title: str, prediction: WindowPrediction, mel_config: dict, names: tuple[str, ...]
 ) -> None:
     """Spectrogram with axes in s and Hz, what was ignored in grey, and bars of confidence."""
     figure, left, right, image, bars = clip_figure(names)
@@ -986,7 +975,7 @@ def draw_timeline(
     title: str,
     predictions: list[WindowPrediction],
     window: float,
-    mel_config: dict[str, Any],
+    mel_config: dict,
     names: tuple[str, ...],
 ) -> None:
     """The spectrogram of a long recording above the probabilities of its windows over time."""
@@ -1026,7 +1015,7 @@ def join_windows(predictions: list[WindowPrediction], window: float, end: float)
     return image
 
 
-def mark_hertz(axes: Any, n_mels: int, mel_config: dict[str, Any]) -> None:
+def mark_hertz(axes: Any, n_mels: int, mel_config: dict) -> None:
     """Marks the mel bands of a vertical axis in Hz."""
     import librosa  # here, so that only what draws needs numba (see start_drawing)
 
@@ -1089,7 +1078,7 @@ def submit_picture(
     pool: ProcessPoolExecutor,
     output_dir: Path,
     predictions: list[WindowPrediction],
-    checkpoint: dict[str, Any],
+    checkpoint: dict,
     options: RunOptions,
 ) -> Future[None]:
     """Has a file's picture drawn."""
@@ -1199,7 +1188,7 @@ def write_report(
     )
 
 
-def print_files(rows: list[dict[str, Any]]) -> None:
+def print_files(rows: list[dict]) -> None:
     """The answers, if they are few."""
     if len(rows) <= MAX_ROWS_SHOWN:
         shown = []
@@ -1211,7 +1200,7 @@ def print_files(rows: list[dict[str, Any]]) -> None:
         print(tabulate(shown, headers=headers, disable_numparse=True), end="\n\n")
 
 
-def print_notes(rows: list[dict[str, Any]], options: RunOptions, max_window: float) -> None:
+def print_notes(rows: list[dict], options: RunOptions, max_window: float) -> None:
     """What was ignored, is uncertain or failed."""
     ignored = [float(row["ignored_s"]) for row in rows if float(row.get("ignored_s") or 0) > 0]
     if ignored:
@@ -1236,9 +1225,7 @@ def print_notes(rows: list[dict[str, Any]], options: RunOptions, max_window: flo
         )
 
 
-def report(
-    output_dir: Path, rows: list[dict[str, Any]], checkpoint: dict[str, Any], options: RunOptions
-) -> None:
+def report(output_dir: Path, rows: list[dict], checkpoint: dict, options: RunOptions) -> None:
     """Summary, pictures and, where true classes are known, figures; on the screen too."""
     names = [c["name"] for c in checkpoint["classes"]]
     good = pd.DataFrame([row for row in rows if not row.get("error")])
@@ -1322,7 +1309,7 @@ def escape_formula(value: Any, column: str) -> Any:
     return value
 
 
-def csv_lines(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
+def csv_lines(columns: Sequence[str], rows: Iterable[dict]) -> bytes:
     """Rows as lines of CSV in UTF-8; names that are no UTF-8 keep their bytes."""
     text = io.StringIO(newline="")
     for row in rows:
@@ -1333,7 +1320,7 @@ def csv_lines(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
     """Writes a table as CSV, atomically."""
     header = dict(zip(columns, columns, strict=True))
     with atomic_write(path) as file:
@@ -1438,7 +1425,7 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
-def write_run_record(path: Path, packages: Iterable[str], details: dict[str, Any]) -> None:
+def write_run_record(path: Path, packages: Iterable[str], details: dict) -> None:
     """Writes run.json: what it takes to repeat the run."""
     versions = {name: importlib.metadata.version(name) for name in packages}
     record = {"command": sys.argv, "platform": platform.platform()} | details
@@ -1447,7 +1434,7 @@ def write_run_record(path: Path, packages: Iterable[str], details: dict[str, Any
     write_text(path, json.dumps(record, indent=2, default=str) + "\n")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict:
     """The dict that torch.save wrote; nothing in the file is executed. Raises UserError.
 
     torch.load checks no CRC, so that a flipped bit would load: the zip's own are checked first.
@@ -1509,7 +1496,7 @@ class Results:
     """The tables of a run: rows go to .partial files as their batch is done, in `folder`."""
 
     def __init__(
-        self, folder: Path, checkpoint: dict[str, Any], options: RunOptions, model_sha256: str
+        self, folder: Path, checkpoint: dict, options: RunOptions, model_sha256: str
     ) -> None:
         names = [c["name"] for c in checkpoint["classes"]]
         start = ["file", "predicted_class", "predicted_code", "confidence"]
@@ -1572,7 +1559,7 @@ class Results:
             write_csv(self.path(kind, ".partial"), columns, taken.get(kind, []))
         return {row["file"] for row in taken.get("classification_results", [])}
 
-    def append(self, rows: dict[str, list[dict[str, Any]]]) -> None:
+    def append(self, rows: dict[str, list[dict]]) -> None:
         """Adds rows to the .partial files: on disk as each batch is done."""
         for kind, columns in self.columns.items():
             path = self.path(kind, ".partial")
@@ -1583,7 +1570,7 @@ class Results:
             except OSError as error:  # a full disk's own names no file
                 raise OSError(error.errno, error.strerror, str(path)) from error
 
-    def publish(self, paths: list[str], labels: dict[str, str]) -> list[dict[str, Any]]:
+    def publish(self, paths: list[str], labels: dict[str, str]) -> list[dict]:
         """Gives the tables their names, in order of path; returns the rows of the files."""
         order = {path: i for i, path in enumerate(paths)}
         published = {}
@@ -1649,13 +1636,13 @@ def classify_all(
     folder: Path,
     results: Results,
     model: EmotionClassifier,
-    checkpoint: dict[str, Any],
+    checkpoint: dict,
     options: RunOptions,
     args: argparse.Namespace,
     pool: ProcessPoolExecutor | None,
 ) -> None:
     """Classifies files under a bar; rows and pictures are on disk as each batch is done."""
-    rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in results.columns}
+    rows: dict[str, list[dict]] = {kind: [] for kind in results.columns}
     pictures: list[Future[None]] = []
     bar = tqdm(desc="Classifying", total=len(paths), unit="file", bar_format=BAR_FORMAT)
     with tempfile.TemporaryDirectory() as temporary, bar:
@@ -1686,7 +1673,7 @@ def classify_all(
 
 
 def write_batch(
-    results: Results, rows: dict[str, list[dict[str, Any]]], pictures: list[Future[None]]
+    results: Results, rows: dict[str, list[dict]], pictures: list[Future[None]]
 ) -> None:
     """Writes rows once their pictures are drawn, and empties both."""
     for picture in pictures:
@@ -1795,7 +1782,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run_options(args: argparse.Namespace, checkpoint: dict[str, Any]) -> RunOptions:
+def run_options(args: argparse.Namespace, checkpoint: dict) -> RunOptions:
     """What the rows depend on besides the model; raises UserError for a window that is too long."""
     max_width = args.max_width or checkpoint["max_width"]
     mel_config = checkpoint["mel_config"]
@@ -1808,6 +1795,12 @@ def run_options(args: argparse.Namespace, checkpoint: dict[str, Any]) -> RunOpti
     input_dir = str(args.input_dir.resolve())
     segments = (args.segments, args.window, args.step)
     return RunOptions(input_dir, max_width, *segments, args.min_confidence)
+
+
+def fail(message: str, status: int = 1) -> int:
+    """Tells why the run ends; returns the exit status."""
+    print(message, file=sys.stderr)
+    return status
 
 
 def classify_folder(args: argparse.Namespace) -> int:
@@ -1858,21 +1851,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             with pd.option_context("mode.string_storage", "python"):
                 return classify_folder(args)
         except UserError as error:
-            message, status = str(error), 1
+            return fail(str(error))
         except torch.OutOfMemoryError:
-            message = "The GPU's memory is full: run again with --resume and a lower --batch_size, "
-            message += "or with --cpu."
-            status = 1
+            return fail("The GPU's memory is full: --resume with a lower --batch_size, or --cpu.")
         except OSError as error:
             what = f"{error.filename or 'A file'}: {error.strerror or error}"
-            message = f"{what}. What was written stays: fix this and run again with --resume."
-            status = 1
+            return fail(f"{what}. What was written stays: fix this and run again with --resume.")
         except KeyboardInterrupt:
-            message = "\nStopped. The rows that were written stay: the same command with --resume "
-            message += "goes on from there."
-            status = 130
-        print(message, file=sys.stderr)
-        return status
+            return fail("\nStopped. The same command with --resume goes on from there.", 130)
 
 
 if __name__ == "__main__":

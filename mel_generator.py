@@ -311,7 +311,7 @@ def load_audio(
 # Features
 
 
-def wrong_mel_settings(settings: dict[str, Any]) -> str:
+def wrong_mel_settings(settings: dict) -> str:
     """What is wrong with mel settings, in words; "" if nothing is."""
     whole = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
     for name, (least, most) in whole.items():
@@ -543,7 +543,7 @@ def escape_formula(value: Any, column: str) -> Any:
     return value
 
 
-def csv_lines(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
+def csv_lines(columns: Sequence[str], rows: Iterable[dict]) -> bytes:
     """Rows as lines of CSV in UTF-8; names that are no UTF-8 keep their bytes."""
     text = io.StringIO(newline="")
     for row in rows:
@@ -554,7 +554,7 @@ def csv_lines(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
     """Writes a table as CSV, atomically."""
     header = dict(zip(columns, columns, strict=True))
     with atomic_write(path) as file:
@@ -667,13 +667,13 @@ def find_clips(input_dir: Path) -> tuple[list[Clip], dict[str, str]]:
     return list(clips.values()), skipped
 
 
-def mel_settings(args: argparse.Namespace) -> dict[str, Any]:
+def mel_settings(args: argparse.Namespace) -> dict:
     """The six mel settings: what log_mel takes besides the samples."""
     names = ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax")
     return {name: getattr(args, name) for name in names}
 
 
-def make_config(args: argparse.Namespace) -> dict[str, Any]:
+def make_config(args: argparse.Namespace) -> dict:
     """mel_config.json: mel settings, augmentation, and what made them."""
     packages = ("numpy", "soundfile", "soxr")
     versions = {name: importlib.metadata.version(name) for name in packages}
@@ -686,7 +686,7 @@ def make_config(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_or_write_config(output_dir: Path, config: dict[str, Any], overwrite: bool) -> None:
+def check_or_write_config(output_dir: Path, config: dict, overwrite: bool) -> None:
     """Writes mel_config.json; raises UserError if the folder has spectrograms of other settings."""
     path = output_dir / "mel_config.json"
     if overwrite and path.exists():
@@ -718,7 +718,7 @@ def check_or_write_config(output_dir: Path, config: dict[str, Any], overwrite: b
         )
 
 
-def write_config(output_dir: Path, config: dict[str, Any]) -> None:
+def write_config(output_dir: Path, config: dict) -> None:
     """Writes mel_config.json."""
     with atomic_write(output_dir / "mel_config.json") as file:
         file.write((json.dumps(config, indent=2) + "\n").encode())
@@ -760,7 +760,7 @@ class Task(NamedTuple):
     date: int | None
 
 
-def find_tasks(clips: list[Clip], config: dict[str, Any], args: argparse.Namespace) -> list[Task]:
+def find_tasks(clips: list[Clip], config: dict, args: argparse.Namespace) -> list[Task]:
     """The variants without a spectrogram, or with one of a file of another date, by clip."""
     dates = list_spectrograms(args.output_dir)
     tasks = []
@@ -974,6 +974,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def fail(message: str, status: int = 1) -> int:
+    """Tells why the run ends; returns the exit status."""
+    print(message, file=sys.stderr)
+    return status
+
+
 def generate_folder(args: argparse.Namespace) -> int:
     """Lists the clips, makes the spectrograms that are missing, says what came of it."""
     started = time.perf_counter()
@@ -1017,15 +1023,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return generate_folder(args)
         except UserError as error:
-            message, status = str(error), 1
+            return fail(str(error))
         except OSError as error:
-            what = f"{error.filename or 'A file'}: {error.strerror}"
-            message, status = f"{what}. What was written stays: fix this and run again.", 1
+            what = f"{error.filename or 'A file'}: {error.strerror or error}"
+            return fail(f"{what}. What was written stays: fix this and run again.")
         except KeyboardInterrupt:
-            message = "\nStopped. What was written stays: the same command goes on from there."
-            status = 130
-        print(message, file=sys.stderr)
-        return status
+            return fail("\nStopped. The same command goes on from there.", 130)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,138 @@
-"""What the tests share: the real command lines at toy size, on a corpus made on the spot."""
+"""What the tests share: the three scripts at toy size, on a corpus made on the spot.
 
+`run` starts a real command line; `call` runs a script's main() in this process, which saves the
+seconds that PyTorch's import takes. A real one stands for each script and each exit status.
+"""
+
+import contextlib
+import csv
+import importlib
+import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from editing import ROOT, edited_trainer
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-# Small, but learnt enough that its answers differ from clip to clip: one that says the same of all hides every mistake.
-TOY = {"CHANNELS": (8, 8, 16, 16), "HIDDEN": 32, "HEADS": 4, "BATCH_SIZE": 16, "EPOCHS": 5, "LEARNING_RATE": 3e-3}
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
+# Toy trainings are too small for threads: on a busy machine two would wait for each other.
+os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg")
+
+from editing import edited_trainer  # noqa: E402
+
+SCRIPTS = ("mel_generator.py", "cremad_custom2.py", "custom2_tester.py")
+# Small, but learnt enough that its answers differ from clip to clip: one that says the same of
+# all would hide every mistake.
+TOY = {
+    "CHANNELS": (8, 8, 16, 16),
+    "HIDDEN": 32,
+    "HEADS": 4,
+    "BATCH_SIZE": 16,
+    "EPOCHS": 5,
+    "LEARNING_RATE": 3e-3,
+}
 
 
-def run(script, *arguments, cwd=ROOT, code=0):
-    """Runs a script; asserts its exit code and that nobody sees a traceback; returns stdout + stderr."""
-    done = subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600)
-    text = done.stdout + done.stderr
-    assert "Traceback" not in text, text
-    assert done.returncode == code, f"exit {done.returncode}, not {code}:\n{text}"
-    return text
+class Done(NamedTuple):
+    """How a script ended."""
+
+    code: int
+    text: str  # standard output and error, in the order written
 
 
-def generate(input_dir, output_dir, *options, code=0):
-    return run(ROOT / "mel_generator.py", "--input_dir", input_dir, "--output_dir", output_dir, *options, code=code)
+def check(done: Done, code: int) -> str:
+    """Asserts the exit status, and that nobody sees a traceback; returns the text."""
+    assert "Traceback" not in done.text, done.text
+    assert done.code == code, f"exit {done.code}, not {code}:\n{done.text}"
+    return done.text
 
 
-def train(folder, mel_dir, code=0, toy=TOY, **constants):
-    """Runs the trainer with other constants; results in folder/output."""
+def run(script, *arguments, cwd=ROOT, code=0, **options) -> str:
+    """Runs a script's real command line; returns what it printed."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        **options,
+    )
+    return check(Done(done.returncode, done.stdout), code)
+
+
+def call(module, *arguments, code=0) -> str:
+    """Runs a script's main() in this process; returns what it printed."""
+    text = io.StringIO()
+    if isinstance(module, str):
+        module = importlib.import_module(module)
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            status = module.main([str(argument) for argument in arguments])
+        except SystemExit as end:  # argparse's
+            status = end.code
+    return check(Done(status, text.getvalue()), code)
+
+
+def generate(input_dir, output_dir, *options, code=0) -> str:
+    """Runs mel_generator.py in this process."""
+    folders = ("--input_dir", input_dir, "--output_dir", output_dir)
+    return call("mel_generator", *folders, *options, code=code)
+
+
+def train(folder, mel_dir, code=0, toy=TOY, **constants) -> str:
+    """Runs the trainer with other constants, in this process; results in folder/output."""
+    import cremad_custom2
+
+    paths = {"MEL_DIR": str(mel_dir), "OUTPUT_DIR": str(folder / "output")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (toy | paths | constants).items():
+            patch.setattr(cremad_custom2, name, value)
+        return call(cremad_custom2, code=code)
+
+
+def train_by_command(folder, mel_dir, code=0, toy=TOY, **constants) -> str:
+    """Runs an edited copy of the trainer by its real command line; results in folder/output."""
     paths = {"MEL_DIR": str(mel_dir), "OUTPUT_DIR": str(folder / "output")}
     return run(edited_trainer(folder, **toy | paths | constants), code=code)
 
 
-def classify(input_dir, model, output_dir, *options, code=0):
-    return run(ROOT / "custom2_tester.py", "--input_dir", input_dir, "--model_path", model, "--output_dir", output_dir, *options, code=code)
+def classify(input_dir, model, output_dir, *options, code=0) -> str:
+    """Runs custom2_tester.py in this process."""
+    paths = ("--input_dir", input_dir, "--model_path", model, "--output_dir", output_dir)
+    return call("custom2_tester", *paths, *options, code=code)
+
+
+def start(script, *arguments, cwd=ROOT, **options) -> subprocess.Popen:
+    """A script at work, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(script), *map(str, arguments)],
+        cwd=cwd,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def wait_until(condition, seconds=120):
+    """Asks every 5 ms until the condition holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.005)
+
+
+def read_table(path) -> list[dict[str, str]]:
+    """The rows of a CSV, as text."""
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="session")
@@ -48,16 +147,18 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mels(corpus, tmp_path_factory):
+    """Their spectrograms, by the real command line."""
     folder = tmp_path_factory.mktemp("mels")
-    generate(corpus, folder, "--n_augmentations", 2, "--workers", 2)
+    options = ("--n_augmentations", 2, "--workers", 2)
+    run(ROOT / "mel_generator.py", "--input_dir", corpus, "--output_dir", folder, *options)
     return folder
 
 
 @pytest.fixture(scope="session")
 def trained(mels, tmp_path_factory):
-    """The output folder of a toy training."""
+    """The output folder of a toy training, by the real command line."""
     folder = tmp_path_factory.mktemp("trained")
-    train(folder, mels)
+    train_by_command(folder, mels)
     return folder / "output"
 
 
