@@ -61,6 +61,7 @@ OUTPUT_DIR = "output"
 SPLIT = "actor"  # "actor": unseen voices; "clip": optimistic; or the path of a CSV: stem,split
 MAX_WIDTH = 191  # frames; longer clips are cut (191 frames of hop 512 at 16 kHz: 6.1 s)
 WEIGHTED_SAMPLING = True  # draw every emotion as often; False: each clip once
+START_FROM = ""  # the path of a best_model.pth to fine-tune, of the same model; "" = from nothing
 # model
 CHANNELS = (32, 64, 128, 256)  # of the four residual blocks
 STRIDES = ((2, 2), (2, 2), (1, 2), (1, 4))  # (time, mel bands) of the four blocks
@@ -145,8 +146,9 @@ def check_numbers() -> None:
 def check_constants() -> None:
     """Raises UserError for a constant that is missing, or of the wrong type or range."""
     check_numbers()
-    for name in ("MEL_DIR", "OUTPUT_DIR", "SPLIT", "DEVICE"):
-        if type(globals().get(name)) is not str or not globals()[name]:
+    for name in ("MEL_DIR", "OUTPUT_DIR", "SPLIT", "DEVICE", "START_FROM"):
+        may_be_empty = name == "START_FROM"
+        if type(globals().get(name)) is not str or not (globals()[name] or may_be_empty):
             raise_wrong_constant(name, "a text in quotes")
     for name in ("WEIGHTED_SAMPLING", "RESUME"):
         if type(globals().get(name)) is not bool:
@@ -316,6 +318,12 @@ def split_from_csv(stems: pd.Series) -> list[str | None]:
 def assign_split(clips: pd.DataFrame) -> pd.DataFrame:
     """Adds the column `split`, drops what no part uses: variants but the original only train."""
     originals = clips[clips.variant == "original"]
+    if SPLIT == "actor" and (originals.actor == "unknown").any():
+        n_unknown = (originals.actor == "unknown").sum()
+        raise UserError(
+            f'SPLIT = "actor", but of {count(n_unknown, "clip")} the speaker is unknown: add a '
+            'column speaker to the table of --labels, or set SPLIT = "clip", which is optimistic.'
+        )
     if SPLIT in ("actor", "clip"):
         groups = originals.actor if SPLIT == "actor" else originals.stem
         if groups.nunique() < 3:
@@ -393,7 +401,7 @@ class Spectrograms:
     bands,), False for bands that are constant. n_cut: frames past MAX_WIDTH, (clips,).
     """
 
-    def __init__(self, clips: pd.DataFrame, n_mels: int) -> None:
+    def __init__(self, clips: pd.DataFrame, n_mels: int, start: dict | None = None) -> None:
         self.indices = {
             part: torch.from_numpy(np.flatnonzero(clips.split == part))
             for part in ("train", "val", "test")
@@ -418,7 +426,11 @@ class Spectrograms:
         self.start = self.length.cumsum(0) - self.length
         self.n_cut = torch.tensor(n_cut)
         self.level = speaker_levels(clips, np.array(levels))
-        self.normalization, self.varies = self.normalize()
+        self.normalization, self.varies = self.measure_bands()
+        if start:  # a model to fine-tune expects its own
+            self.normalization = start["normalization"]
+        mean = torch.tensor(self.normalization["mean"])
+        self.frames.sub_(mean).div_(torch.tensor(self.normalization["std"]))
 
     def clip(self, i: int) -> Tensor:
         """One clip, (frames, mel bands)."""
@@ -432,11 +444,10 @@ class Spectrograms:
         """Their emotions: int64 (clips,), in the order of EMOTIONS."""
         return self.label[self.indices[name]]
 
-    def normalize(self) -> tuple[dict[str, list[float]], Tensor]:
-        """Brings each mel band to mean 0, deviation 1 over the training clips.
+    def measure_bands(self) -> tuple[dict[str, list[float]], Tensor]:
+        """Mean and deviation of each mel band over the training clips, dB, and which bands vary.
 
-        Returns {"mean", "std"} in dB, and which bands vary. A band without an STFT bin is
-        constant: it gets deviation 1.
+        A band without an STFT bin is constant: it gets deviation 1.
         """
         total = torch.zeros(self.frames.shape[1], dtype=torch.float64)
         squares = torch.zeros_like(total)
@@ -449,7 +460,6 @@ class Spectrograms:
         variance = squares / n_frames - mean.square()
         varies = variance > 1e-4
         std = torch.where(varies, variance.clamp(min=1e-4).sqrt(), 1.0)
-        self.frames.sub_(mean.float()).div_(std.float())
         return {"mean": mean.tolist(), "std": std.tolist()}, varies
 
     def to_gpu_if_it_fits(self, device: torch.device) -> None:
@@ -718,12 +728,12 @@ class EmotionClassifier(nn.Module):
         return self.head(self.encode(x, lengths))
 
 
-def predict_logits(
+def encode_clips(
     model: EmotionClassifier, mels: list[Tensor], batch_size: int, device: torch.device
 ) -> Tensor:
-    """Float32 logits (clips, classes), on the CPU, of normalised log-mels (frames, mel bands)."""
+    """Float32 embeddings (clips, features), on the CPU, of normalised log-mels (frames, bands)."""
     order = sorted(range(len(mels)), key=lambda i: len(mels[i]))
-    logits = []
+    embeddings = []
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
@@ -731,8 +741,21 @@ def predict_logits(
             lengths = torch.tensor([len(mel) for mel in batch])
             x = nn.utils.rnn.pad_sequence(batch, batch_first=True)
             x = F.pad(x, (0, 0, 0, -x.shape[1] % 8))  # few widths: oneDNN keeps memory for each
-            logits.append(model(x.to(device), lengths).cpu())
-    return torch.cat(logits)[torch.tensor(order).argsort()]
+            embeddings.append(model.encode(x.to(device), lengths).cpu())
+    return torch.cat(embeddings)[torch.tensor(order).argsort()]
+
+
+def head_logits(model: EmotionClassifier, embeddings: Tensor, device: torch.device) -> Tensor:
+    """Float32 logits (clips, classes), on the CPU, of embeddings (clips, features)."""
+    with torch.inference_mode():
+        return model.head(embeddings.to(device)).cpu()
+
+
+def predict_logits(
+    model: EmotionClassifier, mels: list[Tensor], batch_size: int, device: torch.device
+) -> Tensor:
+    """Float32 logits (clips, classes), on the CPU, of normalised log-mels (frames, mel bands)."""
+    return head_logits(model, encode_clips(model, mels, batch_size, device), device)
 
 
 def clip_level(mel: np.ndarray) -> float:
@@ -789,6 +812,11 @@ class TrainState:
         """What has a state dict of its own."""
         names = ("model", "ema", "optimizer", "scheduler", "scaler")
         return {name: getattr(self, name) for name in names}
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Takes the weights of a best_model.pth, to fine-tune them."""
+        self.model.load_state_dict(weights)
+        self.ema.module.load_state_dict(weights)
 
     def state_dict(self) -> dict:
         """Everything that the next epoch depends on."""
@@ -1556,15 +1584,51 @@ def read_best_model(path: Path, device: torch.device) -> tuple[EmotionClassifier
     return model.to(device).eval(), checkpoint
 
 
-def training_config(clips: pd.DataFrame, mel_config: dict, data: Spectrograms) -> dict:
-    """Constants, mel settings, hashes of split and data: what a resumed run must share."""
+def read_start(clips: pd.DataFrame, mel_config: dict) -> dict | None:
+    """The checkpoint that START_FROM names, or None; raises UserError if it does not fit.
+
+    A voice that trained or validated it must not validate or test here.
+    """
+    if not START_FROM:
+        return None
+    start = read_checkpoint(Path(START_FROM))
+    now = {"format_version": FORMAT_VERSION, "mel_config": mel_config}
+    now["model_config"] = model_config(mel_config["n_mels"])
+    for name, value in now.items():
+        if json.dumps(start.get(name)) != json.dumps(value):  # tuples and lists are alike
+            raise UserError(f"START_FROM = {START_FROM!r}: its {name} must be {value}.")
+    try:
+        EmotionClassifier(**now["model_config"]).load_state_dict(start["model_state_dict"])
+        speakers = {name for names in start["speakers"].values() for name in names}
+        codes = [c["code"] for c in start["classes"]]
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"START_FROM = {START_FROM!r} is no whole model ({error}).") from error
+    if codes != list(EMOTIONS):
+        raise UserError(f"START_FROM = {START_FROM!r}: its classes are {codes}.")
+    if known := sorted(speakers & set(clips.actor[clips.split != "train"])):
+        raise UserError(
+            f"START_FROM = {START_FROM!r} was trained on {', '.join(known)}, who would now validate "
+            "or test: let them train, or rename them if they are other people."
+        )
+    return start
+
+
+def training_config(
+    clips: pd.DataFrame, mel_config: dict, data: Spectrograms, start: dict | None
+) -> dict:
+    """Constants, mel settings, speakers, hashes of split and data: what resuming must share."""
     split = clips[["stem", "variant", "split"]].to_csv(index=False, lineterminator="\n")
     split_bytes = split.encode("utf-8", "surrogateescape")
     rounded = {  # last digits differ between machines
         name: [round(x, 6) for x in values] for name, values in data.normalization.items()
     }
+    speakers = {}
+    for part in ("train", "val"):
+        earlier = start["speakers"].get(part, []) if start else []
+        speakers[part] = sorted({*clips.actor[clips.split == part], *earlier})
     return {name: globals()[name] for name in (*CONSTANTS, "WORLD_SIZE")} | {
         "MEL_CONFIG": mel_config,
+        "SPEAKERS": speakers,
         "SPLIT_SHA256": hashlib.sha256(split_bytes).hexdigest(),
         "DATA_SHA256": hashlib.sha256(json.dumps(rounded).encode()).hexdigest(),
     }
@@ -1608,9 +1672,8 @@ def save_best_model(
     on a voice that trained it.
     """
     split = SPLIT if SPLIT in ("actor", "clip") else "csv"
-    public = {
-        name: value for name, value in config.items() if name not in ("MEL_DIR", "OUTPUT_DIR")
-    }
+    paths = ("MEL_DIR", "OUTPUT_DIR", "START_FROM", "SPEAKERS")
+    public = {name: value for name, value in config.items() if name not in paths}
     checkpoint = {
         "format_version": FORMAT_VERSION,
         "model_state_dict": {k: v.cpu() for k, v in state.ema.module.state_dict().items()},
@@ -1621,9 +1684,7 @@ def save_best_model(
         "classes": [{"code": code, "name": name} for code, name in EMOTIONS.items()],
         "temperature": temperature,
         "level": data.level,
-        "speakers": {
-            part: sorted(set(clips.actor[clips.split == part])) for part in ("train", "val")
-        },
+        "speakers": config["SPEAKERS"],
         "epoch": state.best_epoch,
         "metrics": state.history[-1],
         "training_config": public | {"SPLIT": split},
@@ -1734,14 +1795,17 @@ def train_model() -> int:
     output_dir = Path(OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(output_dir) if RANK == 0 else contextlib.nullcontext():
-        data = Spectrograms(clips, mel_config["n_mels"])
+        start = read_start(clips, mel_config)
+        data = Spectrograms(clips, mel_config["n_mels"], start)
         data.to_gpu_if_it_fits(device)
-        config = training_config(clips, mel_config, data)
+        config = training_config(clips, mel_config, data, start)
         progress = on_rank_0(read_progress, output_dir, config) if RESUME else None
         dtype = on_rank_0(choose_dtype, device, progress)
         state = TrainState(model_config(mel_config["n_mels"]), device, dtype)
         if progress:
             state.load_state_dict(progress)
+        elif start:
+            state.start_from(start["model_state_dict"])
         if RANK == 0:
             prepare_folder(output_dir, clips, is_resumed=bool(progress))
         print_setup(clips, data, state, config)

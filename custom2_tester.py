@@ -4,15 +4,17 @@
     python custom2_tester.py --input_dir my_recordings --output_dir results --visualize
     python custom2_tester.py --input_dir one.wav --model_path output/best_model.pth --output_dir one
 
---input_dir is a folder of sound files, searched through, or one such file. Everything that
-features need (mel settings, normalisation, classes, sizes) comes from the checkpoint. Writes, in
---output_dir:
+--input_dir is a folder of sound files, searched through, or one such file. Without --model_path,
+tests/pretrained/crema_d.pth beside this script answers. Everything that features need (mel
+settings, normalisation, classes, sizes) comes from the model's file. Writes, in --output_dir:
 
     classification_results.csv    a row a file: class, confidence, probability of each class, error
     summary.csv                   count, percentage and mean confidence of each class
     confidence_distribution.png   how sure the model was, by class
     confusion_matrix.png, classification_report.txt    where names or --labels tell the emotion
+    report.html                   --visualize: a page to look and listen through
     mel_spectrograms/*.png        --visualize: a picture a file
+    embeddings.npy                --embeddings: float32 (rows of the results, features)
     segments.csv                  --segments: a row a window of 3 s
     run.json                      options, versions, platform: what it takes to repeat the run
 
@@ -25,6 +27,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import html
 import importlib.metadata
 import io
 import itertools
@@ -39,11 +42,14 @@ import secrets
 import shutil
 import signal
 import stat
+import string
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import unicodedata
+import urllib.parse
 import warnings
 import zipfile
 from collections import deque
@@ -73,15 +79,23 @@ SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif",
                       ".caf", ".w64", ".rf64")
 FFMPEG_SUFFIXES = (".m4a", ".mp4", ".m4b", ".webm", ".mkv", ".mov", ".wma", ".aac", ".amr", ".3gp")
 # fmt: on
+PLAYABLE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4", ".webm", ".aac")
 MAX_DECODED = 2**27  # samples of all channels that are decoded at once: 512 MB
 MAX_NAME_BYTES = 255  # of a file name, on every usual file system
+DEFAULT_MODEL = Path(__file__).resolve().parent / "tests" / "pretrained" / "crema_d.pth"
 FORMAT_VERSION = 2  # of best_model.pth
+LEVEL_FILES = 500  # of a folder, whose level is measured
+MIN_LEVEL_FILES = 20  # fewer say too little about a folder
 BATCHES_AHEAD = 4  # batches of files read ahead, sorted by length, and written together
 MAX_ROWS_SHOWN = 20  # on the screen
 DB_RANGE = (-60, 20)  # of all pictures: loudness is a cue
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's, for the colour-blind
 # of classes in a timeline: Okabe and Ito's, and again with other markers from the ninth on
 COLOURS = ("#D55E00", "#009E73", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#999999")
+RESULT_COLUMNS = (  # the probabilities of the classes stand after the fourth
+    "file", "predicted_class", "predicted_code", "confidence",
+    "duration_s", "ignored_s", "level_db", "uncertain", "true_class", "error",
+)  # fmt: skip
 IMAGE_STYLE = {"cmap": "magma", "origin": "lower", "aspect": "auto"}
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} files [{elapsed}<{remaining}]"
 PACKAGES = (
@@ -547,12 +561,12 @@ class EmotionClassifier(nn.Module):
         return self.head(self.encode(x, lengths))
 
 
-def predict_logits(
+def encode_clips(
     model: EmotionClassifier, mels: list[Tensor], batch_size: int, device: torch.device
 ) -> Tensor:
-    """Float32 logits (clips, classes), on the CPU, of normalised log-mels (frames, mel bands)."""
+    """Float32 embeddings (clips, features), on the CPU, of normalised log-mels (frames, bands)."""
     order = sorted(range(len(mels)), key=lambda i: len(mels[i]))
-    logits = []
+    embeddings = []
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
@@ -560,8 +574,21 @@ def predict_logits(
             lengths = torch.tensor([len(mel) for mel in batch])
             x = nn.utils.rnn.pad_sequence(batch, batch_first=True)
             x = F.pad(x, (0, 0, 0, -x.shape[1] % 8))  # few widths: oneDNN keeps memory for each
-            logits.append(model(x.to(device), lengths).cpu())
-    return torch.cat(logits)[torch.tensor(order).argsort()]
+            embeddings.append(model.encode(x.to(device), lengths).cpu())
+    return torch.cat(embeddings)[torch.tensor(order).argsort()]
+
+
+def head_logits(model: EmotionClassifier, embeddings: Tensor, device: torch.device) -> Tensor:
+    """Float32 logits (clips, classes), on the CPU, of embeddings (clips, features)."""
+    with torch.inference_mode():
+        return model.head(embeddings.to(device)).cpu()
+
+
+def predict_logits(
+    model: EmotionClassifier, mels: list[Tensor], batch_size: int, device: torch.device
+) -> Tensor:
+    """Float32 logits (clips, classes), on the CPU, of normalised log-mels (frames, mel bands)."""
+    return head_logits(model, encode_clips(model, mels, batch_size, device), device)
 
 
 def clip_level(mel: np.ndarray) -> float:
@@ -686,6 +713,11 @@ def wrong_values(checkpoint: dict) -> str:
     different = {len({c[key] for c in classes}) for key in ("code", "name")}
     if different != {checkpoint["model_config"]["n_classes"]} or len(classes) not in different:
         return "classes are not a code and a name for each of the model's outputs"
+    level = checkpoint.get("level", {"median": 0.0, "low": -8.0, "high": 8.0})
+    if not isinstance(level, dict) or not level.keys() >= {"median", "low", "high"}:
+        return "level has no median, low and high"
+    if not all(type(v) in (int, float) and math.isfinite(v) for v in level.values()):
+        return "level is not of finite numbers"
     if not 0 < checkpoint["temperature"] < math.inf:
         return "temperature is no number above 0"
     if not 1 <= checkpoint["max_width"] <= 10**6:
@@ -730,8 +762,10 @@ class WindowPrediction(NamedTuple):
     window: Window
     mel: np.ndarray | None  # float32 (mel bands, frames) to draw, or None
     duration: float  # of the recording, seconds; NaN where it failed
+    level: float  # before any gain, dB; NaN where it failed
     error: str
     probabilities: np.ndarray  # (classes,); NaN where it failed
+    embedding: np.ndarray  # (features,); NaN where it failed
 
 
 class RunOptions(NamedTuple):
@@ -743,6 +777,7 @@ class RunOptions(NamedTuple):
     window: float  # seconds
     step: float  # seconds
     min_confidence: float | None
+    gain_db: float  # added to every recording
 
     def seconds(self, mel_config: dict) -> float:
         """How much of a window is decoded: what the model hears, and half a frame's padding."""
@@ -806,19 +841,29 @@ def list_windows(
             yield Window(path, source, start, len(starts))
 
 
-def read_window(
-    window: Window, mel_config: dict, options: RunOptions
-) -> tuple[np.ndarray | None, float, str]:
-    """Log-mel spectrogram of a window, the recording's length in seconds, what is wrong or ""."""
+class HeardWindow(NamedTuple):
+    """What reading a window gives."""
+
+    mel: np.ndarray | None  # float32 (mel bands, frames), with the gain; None where it failed
+    duration: float  # of the recording, seconds
+    level: float  # before the gain, dB
+    error: str
+
+
+def read_window(window: Window, mel_config: dict, options: RunOptions) -> HeardWindow:
+    """Log-mel spectrogram of a window, or what is wrong with it."""
     rate, hop_length = mel_config["sample_rate"], mel_config["hop_length"]
     seconds = options.seconds(mel_config)
     try:
         samples, duration = load_audio(window.source, rate, hop_length, window.start, seconds)
-        return log_mel(samples, **mel_config)[:, : options.max_width], duration, ""
+        if options.gain_db:
+            samples = samples * np.float32(10 ** (options.gain_db / 20))
+        mel = log_mel(samples, **mel_config)[:, : options.max_width]
+        return HeardWindow(mel, duration, clip_level(mel.T) - options.gain_db, "")
     except AudioError as error:
-        return None, math.nan, str(error)
+        return HeardWindow(None, math.nan, math.nan, str(error))
     except MemoryError:
-        return None, math.nan, "too long for this machine's memory"
+        return HeardWindow(None, math.nan, math.nan, "too long for this machine's memory")
 
 
 def prefetch(
@@ -840,20 +885,103 @@ def prefetch(
         pool.shutdown(cancel_futures=True)
 
 
-def predict_probabilities(
+def predict_windows(
     mels: list[np.ndarray | None], model: EmotionClassifier, checkpoint: dict, batch_size: int
-) -> np.ndarray:
-    """Probabilities (clips, classes) of log-mels (mel bands, frames) in dB; NaN for None."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (clips, classes) and embeddings (clips, features) of log-mels; NaN for None.
+
+    mels: (mel bands, frames) in dB, not normalised.
+    """
     device = next(model.parameters()).device
     mean = torch.tensor(checkpoint["normalization"]["mean"])
     std = torch.tensor(checkpoint["normalization"]["std"])
-    probabilities = np.full((len(mels), len(checkpoint["classes"])), np.nan, np.float32)
     good = [i for i, mel in enumerate(mels) if mel is not None]
+    probabilities = np.full((len(mels), len(checkpoint["classes"])), np.nan, np.float32)
+    embeddings = np.full((len(mels), model.head[0].in_features), np.nan, np.float32)
     if good:
         normalised = [(torch.from_numpy(mels[i].T) - mean) / std for i in good]
-        logits = predict_logits(model, normalised, batch_size, device)
+        encoded = encode_clips(model, normalised, batch_size, device)
+        embeddings[good] = encoded
+        logits = head_logits(model, encoded, device)
         probabilities[good] = (logits / checkpoint["temperature"]).softmax(1)
-    return probabilities
+    return probabilities, embeddings
+
+
+def predict(
+    model: EmotionClassifier, checkpoint: dict, samples: np.ndarray, sample_rate: int
+) -> dict[str, float]:
+    """The probability of each emotion, for a recording in memory; for notebooks.
+
+    samples: (frames,) or (frames, channels), full scale 1. Raises AudioError, with the reason in
+    words, for samples that hold nothing to classify. Hears the first max_width frames.
+    """
+    samples = np.asarray(samples, np.float32)
+    samples = samples[:, None] if samples.ndim == 1 else samples
+    check_samples(samples)
+    mel_config = checkpoint["mel_config"]
+    mono = soxr.resample(mix_to_mono(samples), sample_rate, mel_config["sample_rate"])
+    if np.ptp(mono) == 0 or len(mono) < mel_config["hop_length"]:
+        raise AudioError("silent, or shorter than one hop")
+    mel = log_mel(mono, **mel_config)[:, : checkpoint["max_width"]]
+    probabilities, _ = predict_windows([mel], model, checkpoint, 1)
+    names = [c["name"] for c in checkpoint["classes"]]
+    return dict(zip(names, probabilities[0].tolist(), strict=True))
+
+
+def measure_folder(
+    paths: list[str], folder: Path, checkpoint: dict, args: argparse.Namespace
+) -> list[float]:
+    """Levels, dB, of up to LEVEL_FILES files, spread evenly; those that cannot be read left out."""
+    n_files = min(len(paths), LEVEL_FILES)
+    index = np.linspace(0, len(paths) - 1, n_files).round().astype(int)
+    windows = [Window(paths[i], folder / paths[i], 0.0, 1) for i in index]
+    max_width = args.max_width or checkpoint["max_width"]
+    options = RunOptions("", max_width, False, 0.0, 0.0, None, 0.0)
+    read = functools.partial(read_window, mel_config=checkpoint["mel_config"], options=options)
+    levels = []
+    with tqdm(total=n_files, desc="Measuring the level", unit="file", leave=False) as bar:
+        for batch, heard in prefetch(windows, read, args.workers, 64):
+            bar.update(len(batch))
+            levels += [clip.level for clip in heard if not clip.error]
+    return levels
+
+
+def folder_gain(
+    paths: list[str], folder: Path, checkpoint: dict, args: argparse.Namespace
+) -> float:
+    """The gain, dB, for all files of --input_dir; says what was done."""
+    if "level" not in checkpoint:
+        if args.adapt == "on":
+            raise UserError("--adapt on: this model's file does not tell its training's level.")
+        return 0.0
+    if args.adapt == "off":
+        return 0.0
+    levels = measure_folder(paths, folder, checkpoint, args)
+    gain_db, message = choose_gain(levels, checkpoint["level"], args.adapt)
+    if message:
+        print(message)
+    return gain_db
+
+
+def choose_gain(levels: list[float], level: dict, adapt: str) -> tuple[float, str]:
+    """The gain, dB, that brings a folder's median level to the training's, and what to say of it.
+
+    One for the whole folder: what is loud among its files stays loud. "auto" gives one only where
+    the median lies outside the training speakers' range, and from MIN_LEVEL_FILES files on.
+    """
+    if not levels:
+        return 0.0, ""
+    above = float(np.median(levels)) - level["median"]
+    is_usual = level["low"] <= above + level["median"] <= level["high"]
+    is_few = len(levels) < MIN_LEVEL_FILES
+    found = f"These recordings are {abs(above):.1f} dB {'louder' if above > 0 else 'quieter'} "
+    found += "than the training's (median level)"
+    if adapt == "on" or not (is_usual or is_few):
+        return round(-above, 3), f"{found}: all are taken {-above:+.1f} dB (--adapt {adapt})."
+    if is_few:
+        few = count(len(levels), "file")
+        return 0.0, f"{found}. Left so, as {few} may be of one mood; --adapt on: {-above:+.1f} dB."
+    return 0.0, f"{found}: within the training speakers' range, left as they are."
 
 
 def classify(
@@ -867,12 +995,15 @@ def classify(
     """Yields the windows of some batches, in their order, with what came of them."""
     read = functools.partial(read_window, mel_config=checkpoint["mel_config"], options=options)
     for batch, clips in prefetch(windows, read, args.workers, BATCHES_AHEAD * args.batch_size):
-        mels = [mel for mel, _, _ in clips]
-        probabilities = predict_probabilities(mels, model, checkpoint, args.batch_size)
+        mels = [clip.mel for clip in clips]
+        probabilities, embeddings = predict_windows(mels, model, checkpoint, args.batch_size)
         predictions = []
-        for window, (mel, duration, error), p in zip(batch, clips, probabilities, strict=True):
-            shown = thin_out(mel, duration) if keep_mels and mel is not None else None
-            predictions.append(WindowPrediction(window, shown, duration, error, p))
+        for window, clip, p, e in zip(batch, clips, probabilities, embeddings, strict=True):
+            shown = None
+            if keep_mels and clip.mel is not None:  # the recording as it is
+                shown = thin_out(clip.mel, clip.duration) - np.float32(options.gain_db)
+            facts = (clip.duration, clip.level, clip.error)
+            predictions.append(WindowPrediction(window, shown, *facts, p, e))
         yield predictions
 
 
@@ -901,6 +1032,9 @@ def result_row(predictions: list[WindowPrediction], checkpoint: dict, options: R
     row |= {"confidence": f"{probabilities[top]:.6f}"}
     row |= {name: f"{p:.6f}" for name, p in zip(names, probabilities, strict=True)}
     row |= {"duration_s": f"{good[0].duration:.3f}", "ignored_s": f"{ignored:.3f}"}
+    if "level" in checkpoint:
+        level = np.median([p.level for p in good]) - checkpoint["level"]["median"]
+        row["level_db"] = f"{level:.2f}"
     if options.min_confidence is not None:
         row["uncertain"] = "yes" if probabilities[top] < options.min_confidence else "no"
     return row
@@ -1080,17 +1214,19 @@ def submit_picture(
     predictions: list[WindowPrediction],
     checkpoint: dict,
     options: RunOptions,
+    note: str,
 ) -> Future[None]:
-    """Has a file's picture drawn."""
+    """Has a file's picture drawn; note: what its title says besides the name."""
     path = predictions[0].window.path
+    title = path + note
     picture = output_dir / picture_path(path)
     picture.parent.mkdir(parents=True, exist_ok=True)
     names = tuple(c["name"] for c in checkpoint["classes"])
     mel_config = checkpoint["mel_config"]
     if len(predictions) == 1:
-        return pool.submit(draw_clip, picture, path, predictions[0], mel_config, names)
+        return pool.submit(draw_clip, picture, title, predictions[0], mel_config, names)
     window = options.window
-    return pool.submit(draw_timeline, picture, path, predictions, window, mel_config, names)
+    return pool.submit(draw_timeline, picture, title, predictions, window, mel_config, names)
 
 
 # --------------------------------------------------------------------------------------
@@ -1171,6 +1307,9 @@ def write_report(
     recall = 100 * is_right.groupby(true).mean().mean()
     n_files = count(len(labelled), "file")
     figures = f"{n_files} with a known emotion: accuracy {accuracy:.1f} %, UAR {recall:.1f} %"
+    if "speaker" not in labelled:  # of a label table; else the names' first field
+        stems = labelled.file.map(lambda path: PurePosixPath(path).stem)
+        labelled = labelled.assign(speaker=stems.str.split("_").str[0].map(nfc))
     is_known = labelled.speaker.isin(speakers)
     if is_known.any():
         figures += f"\nNot a fair test: {is_known.sum():,} of them "
@@ -1236,12 +1375,179 @@ def report(output_dir: Path, rows: list[dict], checkpoint: dict, options: RunOpt
         plot_confidence(output_dir / "confidence_distribution.png", good, names)
         labelled = good[good.true_class != ""]
         if len(labelled):
-            speakers = labelled.file.map(lambda path: PurePosixPath(path).stem.split("_")[0])
-            labelled = labelled.assign(speaker=speakers)
             write_report(output_dir, labelled, names, known_speakers(checkpoint))
     mel_config = checkpoint["mel_config"]
     max_window = options.max_width * mel_config["hop_length"] / mel_config["sample_rate"]
     print_notes(rows, options, max_window)
+
+
+def write_page(output_dir: Path, folder: Path, rows: list[dict], checkpoint: dict) -> None:
+    """report.html: a row a file, mistakes first where labels are known, all on the disk."""
+    names = [c["name"] for c in checkpoint["classes"]]
+    is_wrong = [bool(r["true_class"]) and r["predicted_class"] != r["true_class"] for r in rows]
+    order = sorted(range(len(rows)), key=lambda i: not is_wrong[i])
+    n_labelled = sum(bool(row["true_class"]) for row in rows)
+    n_right = sum(row["true_class"] == row["predicted_class"] != "" for row in rows)
+    summary = count(len(rows), "file")
+    if n_labelled:
+        summary += f", {n_right} of {n_labelled} labelled ones right"
+    options = "".join(f"<option>{html.escape(name)}</option>" for name in names)
+    page = PAGE.substitute(
+        title=html.escape(readable(str(output_dir.resolve().name))),
+        summary=summary,
+        options=options,
+        rows="\n".join(page_row(rows[i], names, folder, output_dir, is_wrong[i]) for i in order),
+    )
+    with atomic_write(output_dir / "report.html") as file:
+        file.write(page.encode("utf-8", "replace"))
+
+
+def page_row(row: dict, names: list[str], folder: Path, output_dir: Path, is_wrong: bool) -> str:
+    """A file's row of report.html: names escaped, links percent-encoded."""
+    recording = link(os.path.relpath(folder / row["file"], output_dir))
+    is_playable = PurePosixPath(row["file"]).suffix.lower() in PLAYABLE_SUFFIXES
+    name = html.escape(readable(row["file"]))
+    cells = [(name, f'<a {"data-play " if is_playable else ""}href="{recording}">{name}</a>')]
+    if row["error"]:
+        cells += [("", ""), ("", html.escape(row["error"])), ("", ""), ("", "")]
+    else:
+        picture = link(picture_path(row["file"]))
+        confidence = f"{100 * float(row['confidence']):.0f} %"
+        answer = f"{html.escape(row['predicted_class'])}<br><small>{confidence}</small>"
+        note = "<br><small>uncertain</small>" if row.get("uncertain") == "yes" else ""
+        bars = "".join(page_bar(n, row[n], n == row["predicted_class"]) for n in names)
+        image = f'<a href="{picture}"><img loading="lazy" alt="spectrogram" src="{picture}"></a>'
+        cells += [("", image), (html.escape(row["predicted_class"]), answer + note)]
+        cells += [(row["confidence"], bars), (row["level_db"], row["level_db"])]
+    cells += [(html.escape(row["true_class"]), html.escape(row["true_class"]))]
+    tags = "".join(f'<td data-v="{value}">{text}</td>' for value, text in cells)
+    kind = html.escape(row["predicted_class"]) or "failed"
+    return f'<tr data-class="{kind}"{" class=wrong" if is_wrong else ""}>{tags}</tr>'
+
+
+def page_bar(name: str, probability: str, is_top: bool) -> str:
+    """A class's probability as a bar of report.html."""
+    percent = 100 * float(probability)
+    style = f'class="bar{" top" if is_top else ""}" style="--p:{percent:.1f}%"'
+    return f"<div {style}>{html.escape(name)}<span>{percent:.0f}</span></div>"
+
+
+def link(path: str) -> str:
+    """A relative path as a link, percent-encoded; bytes that are no UTF-8, too."""
+    return urllib.parse.quote(os.fsencode(path.replace(os.sep, "/")))
+
+
+PAGE = string.Template(r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --bar: #56b4e988; --top: #e69f00aa; --line: #8886; }
+body { font: 15px/1.35 system-ui, sans-serif; margin: 1rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .4rem; }
+th, td { border-bottom: 1px solid var(--line); }
+th { position: sticky; top: 0; background: Canvas; }
+th button { font: inherit; font-weight: bold; background: none; border: 0; padding: 0; }
+th button { cursor: pointer; color: inherit; }
+th[aria-sort=ascending] button::after { content: " \25B2"; }
+th[aria-sort=descending] button::after { content: " \25BC"; }
+td:first-child { overflow-wrap: anywhere; min-width: 12rem; }
+img { width: 20rem; max-width: 100%; aspect-ratio: 8 / 3; background: #fff; }
+audio { display: block; width: 100%; min-width: 11rem; height: 2.2rem; margin-top: .3rem; }
+.bar { display: flex; justify-content: space-between; gap: 1rem; font-size: 13px; }
+.bar { padding: 0 .3rem; min-width: 9rem; }
+.bar { background: linear-gradient(var(--bar), var(--bar)) no-repeat 0 / var(--p) 100%; }
+.bar.top { background-image: linear-gradient(var(--top), var(--top)); }
+.wrong td:first-child { box-shadow: inset 4px 0 #d55e00; padding-left: .8rem; }
+@media (max-width: 48rem) {
+  thead { display: none; }
+  table, tbody, tr, td { display: block; border: 0; padding: .15rem 0; }
+  tr { border-bottom: 1px solid var(--line); padding: .6rem 0; }
+  .wrong td:first-child { padding-left: .8rem; }
+  img { width: 100%; }
+  td[data-label]:not([data-label=""], :empty)::before {
+    content: attr(data-label) ": "; color: GrayText; }
+}
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<p>$summary. The model names one of its emotions for every file, also for one that holds none.</p>
+<p><label>Show <select id="filter"><option value="">all</option>$options
+<option value="wrong">mistakes</option><option value="failed">failed</option></select></label>
+<label>Sort by <select id="sort"></select></label>
+<span id="count" role="status"></span></p>
+<table>
+<thead><tr><th>Recording</th><th>Picture</th><th>Answer</th><th>Confidence (%)</th>
+<th>Level (dB)</th><th>True</th></tr></thead>
+<tbody>
+$rows
+</tbody>
+</table>
+<script>
+const body = document.querySelector("tbody");
+const rows = [...body.rows];
+const heads = [...document.querySelectorAll("th")];
+const filter = document.getElementById("filter");
+const sort = document.getElementById("sort");
+
+function compare(a, b) {
+  const x = parseFloat(a), y = parseFloat(b);
+  if (!isNaN(x) && !isNaN(y)) return x - y;
+  return a.localeCompare(b, undefined, { numeric: true });
+}
+function sortBy(column, descending) {
+  const value = row => row.cells[column].dataset.v;
+  const sorted = [...rows].sort((a, b) => compare(value(a), value(b)) * (descending ? -1 : 1));
+  heads.forEach((head, i) => {
+    if (i === column) head.setAttribute("aria-sort", descending ? "descending" : "ascending");
+    else head.removeAttribute("aria-sort");
+  });
+  body.append(...sorted);
+}
+function show() {
+  const wanted = filter.value;
+  let n = 0;
+  for (const row of rows) {
+    const fits = !wanted || row.dataset.class === wanted || row.classList.contains(wanted);
+    row.hidden = !fits;
+    n += fits;
+  }
+  document.getElementById("count").textContent = n + " shown";
+}
+sort.add(new Option("as listed", -1));
+heads.forEach((head, i) => {
+  if (i === 1) return;
+  const button = document.createElement("button");
+  button.textContent = head.textContent;
+  head.replaceChildren(button);
+  button.onclick = () => sortBy(i, head.getAttribute("aria-sort") === "ascending");
+  sort.add(new Option(button.textContent, i));
+  for (const row of rows) row.cells[i].dataset.label = i > 3 ? button.textContent : "";
+});
+sort.onchange = () => sort.value < 0 ? body.append(...rows) : sortBy(+sort.value, sort.value == 3);
+filter.onchange = show;
+show();
+
+// Players are made as their rows are scrolled to: thousands at once would stall the page.
+const watcher = new IntersectionObserver(entries => {
+  for (const { target, isIntersecting } of entries) {
+    if (!isIntersecting) continue;
+    watcher.unobserve(target);
+    const player = new Audio(target.href);
+    player.controls = true;
+    player.preload = "none";
+    target.after(player);
+  }
+}, { rootMargin: "200px" });
+document.querySelectorAll("a[data-play]").forEach(link => watcher.observe(link));
+</script>
+</body>
+</html>
+""")
 
 
 # --------------------------------------------------------------------------------------
@@ -1472,24 +1778,56 @@ def exit_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def find_labels(paths: list[str], classes: list[dict[str, str]]) -> dict[str, str]:
-    """The emotion's name by path, where names tell it in their third field (1001_DFA_ANG_XX).
-
-    Only if more than half of all files have one: of TESS's names none but `*_sad` looks like it.
-    """
+def find_labels(
+    paths: list[str], classes: list[dict[str, str]], table: Path | None
+) -> dict[str, dict[str, str]]:
+    """What is known of the files: {path: {"true_class", a label table's further columns}}."""
     names = {c["code"]: c["name"] for c in classes}
     labels = {}
+    if table:
+        by_path = read_labels(table, names)
+        labels = {path: by_path[nfc(path)] for path in paths if nfc(path) in by_path}
+        if unknown := len(by_path) - len(labels):
+            print(f"Note: {count(unknown, 'row')} of {table} without a file in --input_dir.")
+        return labels
     for path in paths:
-        fields = PurePosixPath(path).stem.upper().split("_")
-        if len(fields) > 2 and fields[2] in names:
-            labels[path] = names[fields[2]]
-    if labels and 2 * len(labels) <= len(paths):
+        fields = PurePosixPath(path).stem.split("_")
+        if len(fields) > 2 and fields[2].upper() in names:
+            labels[path] = {"true_class": names[fields[2].upper()]}
+    if labels and 2 * len(labels) <= len(paths):  # of TESS's names `*_sad` alone looks like it
         print(
             f"Note: {len(labels)} of {count(len(paths), 'name')} look as if their third field told "
             "an emotion: too few, so none is taken as a label."
         )
         return {}
     return labels
+
+
+def read_labels(table: Path, names: dict[str, str]) -> dict[str, dict[str, str]]:
+    """The rows of --labels by path; emotions by code or name, any case; names by code.
+
+    Emotions that are none of `names` give an empty true_class. Raises UserError.
+    """
+    try:
+        rows = read_csv(table)
+    except OSError as error:
+        raise UserError(f"--labels {table}: {error.strerror}.") from error
+    if not rows or not rows[0].keys() >= {"file", "emotion"}:
+        raise UserError(f"--labels {table} must be a CSV with the columns file,emotion (speaker).")
+    by_word = {code.lower(): name for code, name in names.items()}
+    by_word |= {name.lower(): name for name in names.values()}
+    labels = {}
+    for row in rows:
+        true_class = by_word.get(row.pop("emotion").strip().lower(), "")
+        path = nfc(row.pop("file").replace("\\", "/"))
+        rest = {f"label_{k}" if k in RESULT_COLUMNS else k: v for k, v in row.items()}
+        labels[path] = {"true_class": true_class} | rest
+    return labels
+
+
+def nfc(text: str) -> str:
+    """Text in Unicode's composed form: macOS writes an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", text)
 
 
 class Results:
@@ -1499,10 +1837,9 @@ class Results:
         self, folder: Path, checkpoint: dict, options: RunOptions, model_sha256: str
     ) -> None:
         names = [c["name"] for c in checkpoint["classes"]]
-        start = ["file", "predicted_class", "predicted_code", "confidence"]
-        end = ["duration_s", "ignored_s", "uncertain", "true_class", "error"]
         self.folder = folder
-        self.columns = {"classification_results": [*start, *names, *end]}
+        columns = [*RESULT_COLUMNS[:4], *names, *RESULT_COLUMNS[4:]]
+        self.columns = {"classification_results": columns}
         if options.segments:
             columns = ["file", "start_s", "end_s", "predicted_class", "confidence", *names]
             self.columns = {"segments": columns} | self.columns  # a file's own row is written last
@@ -1517,9 +1854,8 @@ class Results:
         taken: dict[str, list[dict[str, str]]] = {kind: [] for kind in self.columns}
         for ending in ("", ".partial"):
             table = folder / f"classification_results.csv{ending}"
-            if not table.exists():
+            if not table.exists() or not self.is_ours(folder / f"run.json{ending}", table):
                 continue
-            self.check_note(folder / f"run.json{ending}", table)
             rows = {row["file"]: row for row in read_rows(table)}
             done = {path for path, row in rows.items() if row["predicted_class"]} & paths
             paths = paths - done
@@ -1529,14 +1865,18 @@ class Results:
                 taken["segments"] += [row for row in segments if row["file"] in done]
         return taken
 
-    def check_note(self, path: Path, table: Path) -> None:
-        """Raises UserError if a table is of another model or other options."""
+    def is_ours(self, path: Path, table: Path) -> bool:
+        """Whether a table's rows are of this model and these options, but for a gain that moved.
+
+        Raises UserError for another model or other options.
+        """
         try:
             found = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
             before = {"model": found["model_sha256"]} | found["options"]
         except (OSError, ValueError, KeyError, TypeError):
             before = {}
         now = {"model": self.note["model_sha256"]} | self.note["options"]
+        gains = [side.pop("gain_db", math.nan) for side in (before, now)]
         if changed := [
             f"{name} was {before.get(name)}, now {now[name]}"
             for name in now
@@ -1546,6 +1886,10 @@ class Results:
                 f"--resume: {table} is of another model or other options ({'; '.join(changed)}): "
                 "give the same again, or leave --resume out to start anew."
             )
+        if not abs(gains[0] - gains[1]) <= 0.1:
+            print(f"The gain was {gains[0]} dB, is {gains[1]} dB now: all are classified anew.")
+            return False
+        return True
 
     def begin(self, taken: dict[str, list[dict[str, str]]]) -> set[str]:
         """Begins the .partial files with the rows that are taken up; returns their files."""
@@ -1570,18 +1914,25 @@ class Results:
             except OSError as error:  # a full disk's own names no file
                 raise OSError(error.errno, error.strerror, str(path)) from error
 
-    def publish(self, paths: list[str], labels: dict[str, str]) -> list[dict]:
-        """Gives the tables their names, in order of path; returns the rows of the files."""
+    def publish(self, paths: list[str], labels: dict[str, dict[str, str]]) -> list[dict]:
+        """Gives the tables their names, in order of path; returns the rows of the files.
+
+        true_class and a label table's columns are filled in afresh.
+        """
         order = {path: i for i, path in enumerate(paths)}
         published = {}
         for kind in self.columns:
             rows = read_rows(self.path(kind, ".partial"))
             published[kind] = sorted(rows, key=lambda row: order[row["file"]])
+        known = {name: "" for label in labels.values() for name in label}
+        empty = {"true_class": ""} | known
         for row in published["classification_results"]:
-            row["true_class"] = labels.get(row["file"], "")
+            row.update(empty | labels.get(row["file"], {}))
         (self.folder / "run.json").unlink(missing_ok=True)  # no table stands beside another's note
         for kind, columns in self.columns.items():
-            write_csv(self.path(kind), columns, published[kind])
+            is_main = kind == "classification_results"
+            extra = [name for name in known if name not in columns] if is_main else []
+            write_csv(self.path(kind), [*columns, *extra], published[kind])
         (self.folder / "run.json.partial").replace(self.folder / "run.json")
         for kind in self.columns:
             self.path(kind, ".partial").unlink()
@@ -1640,8 +1991,13 @@ def classify_all(
     options: RunOptions,
     args: argparse.Namespace,
     pool: ProcessPoolExecutor | None,
-) -> None:
-    """Classifies files under a bar; rows and pictures are on disk as each batch is done."""
+    labels: dict[str, dict[str, str]],
+) -> dict[str, np.ndarray]:
+    """Classifies files under a bar; rows and pictures are on disk as each batch is done.
+
+    Returns each file's embedding with --embeddings, else nothing.
+    """
+    embeddings = {} if args.embeddings else None
     rows: dict[str, list[dict]] = {kind: [] for kind in results.columns}
     pictures: list[Future[None]] = []
     bar = tqdm(desc="Classifying", total=len(paths), unit="file", bar_format=BAR_FORMAT)
@@ -1654,12 +2010,19 @@ def classify_all(
             for prediction in group:
                 predictions.append(prediction)
                 bar.update(1 / prediction.window.n_windows)
-            rows["classification_results"].append(result_row(predictions, checkpoint, options))
+            row = result_row(predictions, checkpoint, options)
+            rows["classification_results"].append(row)
+            if embeddings is not None and not row.get("error"):
+                good = [p.embedding for p in predictions if not p.error]
+                embeddings[row["file"]] = np.mean(good, axis=0)
             if options.segments:
                 rows["segments"] += [segment_row(p, checkpoint, options) for p in predictions]
             if any(p.mel is not None for p in predictions):
-                job = submit_picture(pool, args.output_dir, predictions, checkpoint, options)
-                pictures.append(job)
+                true = labels.get(row["file"], {}).get("true_class", "")
+                note = f" (true: {true})" if true else ""
+                note += " (uncertain)" if row.get("uncertain") == "yes" else ""
+                where = (pool, args.output_dir)
+                pictures.append(submit_picture(*where, predictions, checkpoint, options, note))
             if predictions[0].window.source.parent == Path(temporary):
                 predictions[0].window.source.unlink()
             if max(map(len, rows.values())) >= BATCHES_AHEAD * args.batch_size:
@@ -1670,6 +2033,7 @@ def classify_all(
             f"--input_dir {args.input_dir} went away during the run: bring it back and run again "
             "with --resume."
         )
+    return embeddings or {}
 
 
 def write_batch(
@@ -1684,13 +2048,23 @@ def write_batch(
         batch.clear()
 
 
+def write_embeddings(output_dir: Path, rows: list[dict], embeddings: dict[str, np.ndarray]) -> None:
+    """embeddings.npy: float32 (rows of the table, features), NaN where a row failed."""
+    n_features = len(next(iter(embeddings.values()), []))
+    empty = np.full(n_features, np.nan, np.float32)
+    table = np.stack([embeddings.get(row["file"], empty) for row in rows])
+    with atomic_write(output_dir / "embeddings.npy") as file:
+        np.save(file, table.astype(np.float32))
+
+
 def remove_earlier(args: argparse.Namespace, paths: set[str]) -> None:
     """Deletes what earlier runs left in --output_dir that is not of the new table.
 
     paths: the files of the last table that are not in the new one.
     """
     names = ["summary.csv", "confidence_distribution.png", "confusion_matrix.png"]
-    names += ["classification_report.txt"] + ([] if args.segments else ["segments.csv"])
+    names += ["classification_report.txt", "report.html", "embeddings.npy"]
+    names += [] if args.segments else ["segments.csv"]
     for name in names:
         (args.output_dir / name).unlink(missing_ok=True)
     for path in paths:
@@ -1751,7 +2125,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--input_dir", type=Path, required=True, help="folder of sound files, or one file")
-    add("--model_path", type=Path, required=True, help="best_model.pth of cremad_custom2.py")
+    add("--model_path", type=Path, help="best_model.pth of cremad_custom2.py (the one beside this)")
     add("--output_dir", type=Path, required=True, help="folder for the results")
     add("--max_width", type=int, help="frames; longer clips are cut (the checkpoint's, often 191)")
     add("--cpu", action="store_true", help="do not use the GPU")
@@ -1759,6 +2133,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--segments", action="store_true", help="classify longer files in windows, not cut")
     add("--window", type=float, default=3.0, help="--segments: seconds a window (3)")
     add("--step", type=float, default=1.5, help="--segments: seconds between starts (1.5)")
+    add("--labels", type=Path, help="CSV file,emotion,...: the true emotions, instead of names")
+    add("--adapt", choices=("auto", "on", "off"), default="auto", help="one gain for the folder")
+    add("--embeddings", action="store_true", help="embeddings.npy: what the model's head reads")
     add("--min_confidence", type=float, metavar="P", help="0 to 1: below it, `uncertain` is yes")
     add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, then --resume")
     add("--batch_size", type=int, default=64, help="files classified together (64)")
@@ -1777,24 +2154,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--min_confidence is {args.min_confidence}: must be 0 to 1")
     if args.step > args.window:
         parser.error(f"--step {args.step:g} is longer than --window {args.window:g}: gaps between")
+    if args.model_path is None and not DEFAULT_MODEL.is_file():
+        parser.error(f"--model_path is needed: there is no {DEFAULT_MODEL}")
+    if args.embeddings and (args.shard or args.resume):
+        parser.error("--embeddings needs all files in one run: leave out --shard and --resume")
     if not args.segments and (args.window, args.step) != (3.0, 1.5):
         parser.error("--window and --step are for --segments: give that too")
     return args
 
 
-def run_options(args: argparse.Namespace, checkpoint: dict) -> RunOptions:
-    """What the rows depend on besides the model; raises UserError for a window that is too long."""
+def check_window(args: argparse.Namespace, checkpoint: dict) -> None:
+    """Raises UserError if --window is longer than what the model hears at once."""
     max_width = args.max_width or checkpoint["max_width"]
-    mel_config = checkpoint["mel_config"]
-    longest = max_width * mel_config["hop_length"] / mel_config["sample_rate"]
+    longest = max_width * checkpoint["mel_config"]["hop_length"]
+    longest /= checkpoint["mel_config"]["sample_rate"]
     if args.segments and args.window > longest:
         raise UserError(
             f"--window {args.window:g} s is longer than --max_width, {max_width} frames "
             f"({longest:.2f} s)."
         )
+
+
+def run_options(args: argparse.Namespace, checkpoint: dict, gain_db: float) -> RunOptions:
+    """What the rows depend on besides the model."""
     input_dir = str(args.input_dir.resolve())
+    max_width = args.max_width or checkpoint["max_width"]
     segments = (args.segments, args.window, args.step)
-    return RunOptions(input_dir, max_width, *segments, args.min_confidence)
+    return RunOptions(input_dir, max_width, *segments, args.min_confidence, gain_db)
 
 
 def fail(message: str, status: int = 1) -> int:
@@ -1806,29 +2192,37 @@ def fail(message: str, status: int = 1) -> int:
 def classify_folder(args: argparse.Namespace) -> int:
     """Loads the model, classifies, draws, sums up; returns the exit status."""
     started = time.perf_counter()
+    model_path = args.model_path or DEFAULT_MODEL
     with drawing_pool(args.workers if args.visualize else 0) as pool:
         device = gpu_or_cpu(args.cpu)
-        model, checkpoint = load_model(args.model_path, device)
-        options = run_options(args, checkpoint)
-        folder, found, closed = find_input(args.input_dir)
-        labels = find_labels(found, checkpoint["classes"])
-        paths = sorted(path for path in [*found, *closed] if in_shard(path, args.shard))
+        model, checkpoint = load_model(model_path, device)
+        check_window(args, checkpoint)
         check_output_dir(args.output_dir)
+        folder, found, closed = find_input(args.input_dir)
+        labels = find_labels(found, checkpoint["classes"], args.labels)
+        paths = sorted(path for path in [*found, *closed] if in_shard(path, args.shard))
+        n_files = count(len(paths), "file")
+        print(f"{model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {n_files}.")
+        options = run_options(args, checkpoint, folder_gain(found, folder, checkpoint, args))
         tables = shard_folder(args.output_dir, args.shard)
         tables.mkdir(parents=True, exist_ok=True)
-        n_files = count(len(paths), "file")
-        print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {n_files}.")
         with folder_lock(tables):
-            results = Results(tables, checkpoint, options, hash_file(args.model_path))
+            results = Results(tables, checkpoint, options, hash_file(model_path))
             earlier = {row["file"] for row in read_rows(results.path("classification_results"))}
             done = results.begin(take_up_all(results, paths, args) if args.resume else {})
             results.append({"classification_results": failed_rows(closed, paths)})
             todo = [path for path in paths if path not in done and path not in closed]
-            classify_all(todo, folder, results, model, checkpoint, options, args, pool)
+            embeddings = classify_all(
+                todo, folder, results, model, checkpoint, options, args, pool, labels
+            )
             rows = results.publish(paths, labels)
             if not args.shard:
                 remove_earlier(args, earlier - set(paths))
                 report(args.output_dir, rows, checkpoint, options)
+                if args.embeddings:
+                    write_embeddings(args.output_dir, rows, embeddings)
+                if args.visualize:
+                    write_page(args.output_dir, folder, rows, checkpoint)
             details = {"device": str(device), "seconds": round(time.perf_counter() - started, 1)}
             write_run_record(tables / "run.json", PACKAGES, results.note | details)
     print_shards_note(args)

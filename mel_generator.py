@@ -5,7 +5,7 @@
     python mel_generator.py --input_dir AudioWAV --output_dir mel_all --n_augmentations 8
 
 Reads every sound file below --input_dir whose name's third field is an emotion
-(1001_DFA_ANG_XX.wav: actor 1001, ANG). Writes, in --output_dir:
+(1001_DFA_ANG_XX.wav: actor 1001, ANG), or that a table names (--labels). Writes, in --output_dir:
 
     EMO/STEM_VARIANT.npy   float32 (mel bands, frames): log power in dB at absolute level
     mel_config.json        every setting that training and inference must repeat
@@ -39,6 +39,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -561,6 +562,29 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
         file.write(csv_lines(columns, [header, *rows]))
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table, as write_csv or a spreadsheet writes it, up to the first NUL.
+
+    A NUL is a power cut's mark. Raises OSError; an empty table has no rows.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for forever
+        raise OSError(None, "not a regular file", str(path))
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        text = file.read().split("\0")[0]
+    rows = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    return [
+        {name: unescape_formula(cell, name) for name, cell in row.items() if name is not None}
+        for row in rows
+    ]
+
+
+def unescape_formula(cell: str, column: str) -> str:
+    """What escape_formula was given."""
+    if column == "file":
+        return re.sub(r"^\./(?=[=+\-@\t\r])", "", cell)
+    return re.sub(r"^'(?='*[=+\-@\t\r])", "", cell)
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Opens a new file that takes the name `path` once it is written: whole, or not there.
@@ -638,7 +662,7 @@ class Clip(NamedTuple):
     emotion: str  # a key of EMOTIONS
 
 
-def find_clips(input_dir: Path) -> tuple[list[Clip], dict[str, str]]:
+def find_clips(input_dir: Path, table: Path | None) -> tuple[list[Clip], dict[str, str]]:
     """The sound files with a known emotion, and the paths of the others with the reason."""
     if not input_dir.is_dir():
         raise UserError(f"--input_dir {input_dir} is no folder: name the one with the sound files.")
@@ -650,21 +674,67 @@ def find_clips(input_dir: Path) -> tuple[list[Clip], dict[str, str]]:
         )
     if n_ignored:
         print(f"{count(n_ignored, 'file')} named ._* passed over: macOS's notes, not sound.")
+    labels = read_labels(table) if table else None
     max_stem = MAX_NAME_BYTES - max(len(f"_{variant}.npy") for variant in VARIANTS)
     clips: dict[str, Clip] = {}  # by stem
     for path in paths:
-        stem = PurePosixPath(path).stem
-        fields = stem.upper().split("_")
-        if len(fields) < 3 or fields[2] not in EMOTIONS:
-            codes = " ".join(EMOTIONS)
-            skipped[path] = f"no emotion in the name: its third field is none of {codes}"
+        stem, emotion, reason = label_by_name(path) if labels is None else label_of(path, labels)
+        if reason:
+            skipped[path] = reason
         elif stem in clips:
             skipped[path] = f"same stem as another file: {clips[stem].path}"
         elif len(os.fsencode(stem)) > max_stem:
             skipped[path] = f"name too long: at most {max_stem} bytes before the suffix"
         else:
-            clips[stem] = Clip(path, stem, fields[2])
+            clips[stem] = Clip(path, stem, emotion)
     return list(clips.values()), skipped
+
+
+def label_by_name(path: str) -> tuple[str, str, str]:
+    """A clip's stem, its emotion by the name's third field, and why it has none, or ""."""
+    stem = PurePosixPath(path).stem
+    fields = stem.upper().split("_")
+    if len(fields) > 2 and fields[2] in EMOTIONS:
+        return stem, fields[2], ""
+    return stem, "", f"no emotion in the name: its third field is none of {' '.join(EMOTIONS)}"
+
+
+def label_of(path: str, labels: dict[str, dict[str, str]]) -> tuple[str, str, str]:
+    """A clip's stem SPEAKER_NAME-HASH_EMO, its emotion, and why it has none, or "", by a table.
+
+    HASH tells files of one name in different folders apart; `_` would end a field.
+    """
+    row = labels.get(unicodedata.normalize("NFC", path))
+    if row is None:
+        return "", "", "not in --labels"
+    word = row["emotion"].strip()
+    by_word = {name.lower(): code for code, name in EMOTIONS.items()}
+    emotion = by_word.get(word.lower(), word.upper())
+    if emotion not in EMOTIONS:
+        return "", "", f"other emotion: {word!r} is none of {' '.join(EMOTIONS)}"
+    speaker = clean(row.get("speaker", "").strip()) or "unknown"
+    digest = hashlib.sha1(os.fsencode(path)).hexdigest()[:8]
+    end = f"-{digest}_{emotion}"
+    room = 200 - len(os.fsencode(f"{speaker}_{end}"))
+    name = os.fsencode(clean(PurePosixPath(path).stem))[: max(room, 0)].decode("utf-8", "ignore")
+    return f"{speaker}_{name}{end}", emotion, ""
+
+
+def clean(text: str) -> str:
+    """Text for a field of a file name: `_` and what a name cannot hold become `-`."""
+    return re.sub(r'[_/\\:*?"<>|\x00-\x1f]', "-", unicodedata.normalize("NFC", text))[:60]
+
+
+def read_labels(table: Path) -> dict[str, dict[str, str]]:
+    """The rows of --labels by path; raises UserError."""
+    try:
+        rows = read_csv(table)
+    except OSError as error:
+        raise UserError(f"--labels {table}: {error.strerror}.") from error
+    if not rows or not rows[0].keys() >= {"file", "emotion"}:
+        raise UserError(f"--labels {table} must be a CSV with the columns file,emotion (speaker).")
+    paths = [unicodedata.normalize("NFC", row["file"].replace("\\", "/")) for row in rows]
+    return dict(zip(paths, rows, strict=True))
 
 
 def mel_settings(args: argparse.Namespace) -> dict:
@@ -946,6 +1016,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--input_dir", type=Path, required=True, help="folder of sound files, searched through")
     add("--output_dir", type=Path, required=True, help="folder for the spectrograms")
+    add("--labels", type=Path, help="CSV file,emotion,speaker: the emotions, instead of names")
     add("--no_augment", action="store_true", help="originals alone")
     add("--n_augmentations", type=int, default=3, help="augmented copies of each clip, 0 to 8 (3)")
     add("--seed", type=int, default=42, help="chooses variants and noise, with the name (42)")
@@ -984,7 +1055,7 @@ def generate_folder(args: argparse.Namespace) -> int:
     """Lists the clips, makes the spectrograms that are missing, says what came of it."""
     started = time.perf_counter()
     config = make_config(args)
-    clips, skipped = find_clips(args.input_dir)
+    clips, skipped = find_clips(args.input_dir, args.labels)
     print_corpus_note(clips)
     all_clips = clips
     clips = [clip for clip in clips if in_shard(clip.path, args.shard)]
