@@ -1,0 +1,155 @@
+"""How accuracy falls with recording conditions: test actors' clips, distorted, through the tester.
+
+    python tests/tools/robustness.py --clips CREMA-D/AudioWAV --trained output \\
+        --output_dir robustness
+
+--trained is the trainer's OUTPUT_DIR: its split.csv names the test actors, its best_model.pth is
+tried. The conditions: level; white noise at a ratio to the clip's own power; a telephone's band;
+a room's echo, noise that decays exponentially by 60 dB in the time given. Writes robustness.csv
+and robustness.png. Run again, it goes on where it stopped.
+"""
+
+import argparse
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import soundfile
+from editing import ROOT
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from tqdm import tqdm
+
+Random = np.random.Generator
+
+
+def level(samples: np.ndarray, rate: int, random: Random, decibels: float) -> np.ndarray:
+    """The clip, louder or softer."""
+    return samples * 10 ** (decibels / 20)
+
+
+def noise(samples: np.ndarray, rate: int, random: Random, ratio: float) -> np.ndarray:
+    """The clip and white noise, `ratio` dB under it."""
+    power = np.mean(samples**2) / 10 ** (ratio / 10)
+    return samples + np.sqrt(power) * random.standard_normal(len(samples))
+
+
+def band(samples: np.ndarray, rate: int, random: Random, low: float, high: float) -> np.ndarray:
+    """The clip from `low` to `high` Hz."""
+    spectrum = np.fft.rfft(samples)
+    hertz = np.fft.rfftfreq(len(samples), 1 / rate)
+    return np.fft.irfft(spectrum * ((hertz >= low) & (hertz <= high)), len(samples))
+
+
+def room(samples: np.ndarray, rate: int, random: Random, seconds: float) -> np.ndarray:
+    """The clip and its echo, together as loud as the clip alone."""
+    n = int(seconds * rate)
+    echo = random.standard_normal(n) * 10 ** (-3 * np.arange(n) / n)
+    echo /= np.sqrt(np.sum(echo**2))  # as much echo as direct sound
+    response = np.concatenate([[1.0], echo])
+    size = len(samples) + n
+    heard = np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(response, size), size)
+    return heard * np.sqrt(np.mean(samples**2) / np.mean(heard[: len(samples)] ** 2))
+
+
+CONDITIONS = {  # name: (function, its arguments)
+    "clean": (level, 0),
+    "level -20 dB": (level, -20),
+    "level -10 dB": (level, -10),
+    "level +10 dB": (level, 10),
+    "level +20 dB": (level, 20),
+    "noise 20 dB": (noise, 20),
+    "noise 10 dB": (noise, 10),
+    "noise 0 dB": (noise, 0),
+    "telephone 300-3400 Hz": (band, 300, 3400),
+    "room 0.3 s": (room, 0.3),
+    "room 0.6 s": (room, 0.6),
+}
+
+
+def distort(paths: list[Path], folder: Path, condition: str) -> None:
+    """Writes every clip in a condition, as float32: louder ones are not clipped."""
+    function, *arguments = CONDITIONS[condition]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in tqdm(paths, desc=condition, unit="clip", leave=False):
+        samples, rate = soundfile.read(path)
+        random = np.random.default_rng(zlib.crc32(f"{path.stem} {condition}".encode()))
+        distorted = function(samples, rate, random, *arguments)
+        soundfile.write(folder / f"{path.stem}.wav", distorted, rate, subtype="FLOAT")
+
+
+def score(results: Path) -> dict[str, float]:
+    """Accuracy, UAR and mean confidence, in %, of a classification_results.csv."""
+    table = pd.read_csv(results)
+    table = table[table.error.isna()]
+    is_right = table.true_class == table.predicted_class
+    return {
+        "accuracy": 100 * is_right.mean(),
+        "UAR": 100 * is_right.groupby(table.true_class).mean().mean(),
+        "confidence": 100 * table.confidence.mean(),
+        "clips": len(table),
+    }
+
+
+def plot(table: pd.DataFrame, path: Path) -> None:
+    """UAR by condition, that of the clean clips dashed."""
+    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#D55E00" if name == "clean" else "#0072B2" for name in table.condition]
+    axes.barh(table.condition, table.UAR, color=colours)
+    axes.axvline(table.UAR[0], color="#D55E00", linestyle="--", linewidth=1)
+    axes.axvline(100 / 6, color="#555555", linestyle=":", linewidth=1, label="chance")
+    axes.set(xlabel="UAR on unseen actors (%)", xlim=(0, 100))
+    axes.invert_yaxis()
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=200)
+
+
+def test_clips(clips: Path, trained: Path) -> list[Path]:
+    """The recordings of the actors that the training held out to test on."""
+    split = pd.read_csv(trained / "split.csv")
+    stems = set(split.stem[split.split == "test"])
+    paths = [p for p in clips.rglob("*") if p.suffix.lower() in (".wav", ".flac")]
+    paths = sorted(p for p in paths if p.stem in stems)
+    if not paths:
+        sys.exit(f"--clips {clips} holds none of the test clips of {trained / 'split.csv'}.")
+    return paths
+
+
+def classify(clips: Path, model: Path, output_dir: Path) -> None:
+    """Runs the tester on a folder."""
+    command = [sys.executable, ROOT / "custom2_tester.py", "--input_dir", clips]
+    command += ["--model_path", model, "--output_dir", output_dir]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    """Runs the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--clips", type=Path, required=True, help="folder of the original .wav or .flac files")
+    add("--trained", type=Path, required=True, help="OUTPUT_DIR of cremad_custom2.py")
+    add("--output_dir", type=Path, required=True)
+    args = parser.parse_args()
+    paths = test_clips(args.clips, args.trained)
+    rows = []
+    for condition in CONDITIONS:
+        folder = args.output_dir / condition.replace(" ", "_")
+        results = folder / "results" / "classification_results.csv"
+        if not results.exists():
+            distort(paths, folder / "clips", condition)
+            classify(folder / "clips", args.trained / "best_model.pth", results.parent)
+        rows.append({"condition": condition} | score(results))
+    table = pd.DataFrame(rows)
+    table.to_csv(args.output_dir / "robustness.csv", index=False)
+    plot(table, args.output_dir / "robustness.png")
+    print(tabulate(table.round(1), headers="keys", showindex=False))
+    print(f"Files: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
