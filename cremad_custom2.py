@@ -1164,29 +1164,33 @@ def plot_history(path: Path, history: list[dict], best_epoch: int) -> None:
     save_figure(figure, path)
 
 
-def plot_actors(axes: Any, actors: pd.Series, is_right: pd.Series) -> None:
-    """Accuracy (%) by actor, sorted; the mean over clips dashed."""
-    accuracy = is_right.groupby(actors).mean().sort_values()
-    names = [os.fsencode(name).decode("utf-8", "replace") for name in accuracy.index]
-    axes.bar(range(len(names)), accuracy, color=BLUE, width=min(0.8, len(names) / 8))
-    axes.axhline(is_right.mean(), color=ORANGE, linestyle="--")
-    axes.set_xticks(range(len(names)), names, parse_math=False)
-    axes.tick_params(axis="x", rotation=90 if len(names) > 12 else 0)
-    axes.set(xlabel="Test actor", ylabel="Accuracy (%)", ylim=(0, 100))
-    axes.set_title(f"Dashed: all test clips, {is_right.mean():.1f} %", fontsize=9)
+def plot_bars(axes: Any, groups: list[str], is_right: pd.Series, order: list[str] | None) -> None:
+    """Accuracy (%) by group, with 95 % intervals; order: the groups' order, or None: sorted.
+
+    Source of the intervals: Wilson, JASA 22(158), 1927; clips taken as independent.
+    """
+    table = (is_right / 100).groupby(np.asarray(groups)).agg(["mean", "size"])
+    table = table.sort_values("mean") if order is None else table.reindex(order).dropna()
+    share, n, z = table["mean"], table["size"], 1.96
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    reach = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    below = (share - middle + reach).clip(lower=0)
+    above = (middle + reach - share).clip(lower=0)
+    place = np.arange(len(table))
+    style = {"color": BLUE, "ecolor": GREY, "width": min(0.8, len(table) / 8)}
+    axes.bar(place, 100 * share, yerr=100 * np.array([below, above]), **style)
+    names = [os.fsencode(name).decode("utf-8", "replace") for name in table.index]
+    counts = [f"\n({size:.0f})" if order else "" for size in n]
+    labels = [name + text for name, text in zip(names, counts, strict=True)]
+    axes.set_xticks(place, labels, parse_math=False)
+    axes.set(ylabel="Accuracy (%)", ylim=(0, 100))
 
 
-def plot_intensity(axes: Any, stems: pd.Series, is_right: pd.Series) -> None:
-    """Accuracy (%) by intensity, where file names tell it in their fourth field."""
+def intensities(stems: pd.Series) -> list[str]:
+    """What file names tell of the intensity in their fourth field."""
     names = {"LO": "low", "MD": "medium", "HI": "high"}
-    intensity = [
-        names.get((stem.upper().split("_") + [""] * 4)[3], "unspecified") for stem in stems
-    ]
-    table = is_right.groupby(intensity).agg(["mean", "size"])
-    table = table.reindex([*names.values(), "unspecified"]).dropna()
-    labels = [f"{name}\n({n:.0f})" for name, n in table["size"].items()]
-    axes.bar(labels, table["mean"], color=BLUE, width=min(0.8, len(labels) / 4))
-    axes.set(xlabel="Intensity (clips)", ylabel="Accuracy (%)", ylim=(0, 100))
+    fields = [stem.upper().split("_") for stem in stems]
+    return [names.get(f[3], "unspecified") if len(f) > 3 else "unspecified" for f in fields]
 
 
 def plot_reliability(axes: Any, logits: Tensor, label: Tensor, temperature: float) -> None:
@@ -1205,11 +1209,22 @@ def plot_report(
 ) -> None:
     """test_report.png: accuracy by actor and by intensity; confidence against accuracy."""
     is_right = 100.0 * (table.true_class == table.predicted_class)
+    intensity = intensities(table.stem)
+    below = ["reliability"] if set(intensity) == {"unspecified"} else ["intensity", "reliability"]
     figure = Figure(figsize=(7, 5.6), layout="constrained")
-    axes = figure.subplot_mosaic([["actor", "actor"], ["intensity", "reliability"]])
-    plot_actors(axes["actor"], table.actor, is_right)
-    plot_intensity(axes["intensity"], table.stem, is_right)
-    plot_reliability(axes["reliability"], logits, label, temperature)
+    panels = figure.subplot_mosaic([["actor"] * len(below), below])
+    plot_bars(panels["actor"], table.actor, is_right, None)
+    panels["actor"].axhline(is_right.mean(), color=ORANGE, linestyle="--")
+    panels["actor"].tick_params(axis="x", rotation=90 if table.actor.nunique() > 12 else 0)
+    panels["actor"].set_xlabel("Test actor")
+    panels["actor"].set_title(f"Dashed: all test clips, {is_right.mean():.1f} %", fontsize=9)
+    if "intensity" in panels:
+        order = ["low", "medium", "high", "unspecified"]
+        plot_bars(panels["intensity"], intensity, is_right, order)
+        panels["intensity"].set_xlabel("Intensity (clips)")
+    plot_reliability(panels["reliability"], logits, label, temperature)
+    for letter, axes in zip("abc", panels.values(), strict=False):
+        axes.set_title(letter, loc="left", fontweight="bold")
     save_figure(figure, path)
 
 
@@ -1616,7 +1631,7 @@ def read_start(clips: pd.DataFrame, mel_config: dict) -> dict | None:
 def training_config(
     clips: pd.DataFrame, mel_config: dict, data: Spectrograms, start: dict | None
 ) -> dict:
-    """Constants, mel settings, speakers, hashes of split and data: what resuming must share."""
+    """Constants, mel settings, speakers, hashes of split and data: what a resumed run shares."""
     split = clips[["stem", "variant", "split"]].to_csv(index=False, lineterminator="\n")
     split_bytes = split.encode("utf-8", "surrogateescape")
     rounded = {  # last digits differ between machines
