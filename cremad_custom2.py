@@ -1545,7 +1545,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def unescape_formula(cell: str, column: str) -> str:
     """What escape_formula was given."""
     if column == "file":
-        return re.sub(r"^\./(?=[=+\-@\t\r])", "", cell)
+        return re.sub(r"^\./(?='*[=+\-@\t\r])", "", cell)
     return re.sub(r"^'(?='*[=+\-@\t\r])", "", cell)
 
 
@@ -1622,8 +1622,8 @@ def read_start(clips: pd.DataFrame, mel_config: dict) -> dict | None:
         raise UserError(f"START_FROM = {START_FROM!r}: its classes are {codes}.")
     if known := sorted(speakers & set(clips.actor[clips.split != "train"])):
         raise UserError(
-            f"START_FROM = {START_FROM!r} was trained on {', '.join(known)}, who would now validate "
-            "or test: let them train, or rename them if they are other people."
+            f"START_FROM = {START_FROM!r} was trained on {', '.join(known)}, who would now "
+            "validate or test: let them train, or rename them if they are other people."
         )
     return start
 

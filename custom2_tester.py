@@ -1309,8 +1309,8 @@ def write_report(
     figures = f"{n_files} with a known emotion: accuracy {accuracy:.1f} %, UAR {recall:.1f} %"
     if "speaker" not in labelled:  # of a label table; else the names' first field
         stems = labelled.file.map(lambda path: PurePosixPath(path).stem)
-        labelled = labelled.assign(speaker=stems.str.split("_").str[0].map(nfc))
-    is_known = labelled.speaker.isin(speakers)
+        labelled = labelled.assign(speaker=stems.str.split("_").str[0])
+    is_known = labelled.speaker.map(lambda name: clean(name.strip())).isin(speakers)
     if is_known.any():
         figures += f"\nNot a fair test: {is_known.sum():,} of them "
         figures += "are by speakers that trained this model."
@@ -1721,7 +1721,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def unescape_formula(cell: str, column: str) -> str:
     """What escape_formula was given."""
     if column == "file":
-        return re.sub(r"^\./(?=[=+\-@\t\r])", "", cell)
+        return re.sub(r"^\./(?='*[=+\-@\t\r])", "", cell)
     return re.sub(r"^'(?='*[=+\-@\t\r])", "", cell)
 
 
@@ -1816,13 +1816,19 @@ def read_labels(table: Path, names: dict[str, str]) -> dict[str, dict[str, str]]
         raise UserError(f"--labels {table} must be a CSV with the columns file,emotion (speaker).")
     by_word = {code.lower(): name for code, name in names.items()}
     by_word |= {name.lower(): name for name in names.values()}
+    taken = {*RESULT_COLUMNS, *names.values()}
     labels = {}
     for row in rows:
         true_class = by_word.get(row.pop("emotion").strip().lower(), "")
         path = nfc(row.pop("file").replace("\\", "/"))
-        rest = {f"label_{k}" if k in RESULT_COLUMNS else k: v for k, v in row.items()}
+        rest = {f"label_{k}" if k in taken else k: v for k, v in row.items()}
         labels[path] = {"true_class": true_class} | rest
     return labels
+
+
+def clean(text: str) -> str:
+    """Text for a field of a file name: `_` and what a name cannot hold become `-`."""
+    return re.sub(r'[_/\\:*?"<>|\x00-\x1f]', "-", unicodedata.normalize("NFC", text))[:60]
 
 
 def nfc(text: str) -> str:

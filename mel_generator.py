@@ -581,7 +581,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def unescape_formula(cell: str, column: str) -> str:
     """What escape_formula was given."""
     if column == "file":
-        return re.sub(r"^\./(?=[=+\-@\t\r])", "", cell)
+        return re.sub(r"^\./(?='*[=+\-@\t\r])", "", cell)
     return re.sub(r"^'(?='*[=+\-@\t\r])", "", cell)
 
 
