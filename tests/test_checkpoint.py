@@ -202,6 +202,25 @@ def test_a_checkpoint_that_lacks_a_key_is_told_which(checkpoint, tmp_path, name)
     assert "lacks" in text and name in text
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        "model_config.n_mels",
+        "model_config.heads",
+        "model_config.strides",
+        "mel_config.n_mels",
+        "mel_config.fmin",
+        "normalization.std",
+    ],
+)
+def test_a_setting_that_is_missing_is_told(checkpoint, tmp_path, where):
+    part, name = where.split(".")
+    other = copy.deepcopy(checkpoint)
+    del other[part][name]
+    torch.save(other, tmp_path / "model.pth")
+    assert part in refusal(tmp_path / "model.pth")
+
+
 SIZES = ("model_config.n_mels", "model_config.n_classes", "model_config.hidden")
 SIZES += ("model_config.heads", "max_width")
 MEL_SIZES = tuple(f"mel_config.{name}" for name in ("sample_rate", "n_fft", "hop_length", "n_mels"))
@@ -260,6 +279,10 @@ OTHER = {
     "a class too few": ("classes", lambda c: c["classes"][1:], "classes"),
     "classes as names": ("classes", lambda c: ["Angry"] * 6, "classes"),
     "a class named 5": ("classes", lambda c: [{"code": 5, "name": 5}, *c["classes"][1:]], "class"),
+    # float32 makes these 0 or infinite, and the answers NaN
+    "a temperature next to 0": ("temperature", lambda c: 1e-300, "temperature"),
+    "a deviation next to 0": ("normalization.std", lambda c: [1e-300] * 128, "deviation"),
+    "a mean without end": ("normalization.mean", lambda c: [1e300] * 128, "mean"),
     "no mean": ("normalization", lambda c: {"std": c["normalization"]["std"]}, "mean"),
     "a deviation of 0": ("normalization.std", lambda c: [0.0] * 128, "deviation"),
     "a mean that is NaN": ("normalization.mean", lambda c: [math.nan] * 128, "mean"),
@@ -443,14 +466,14 @@ def save_changed(*changes):
 def zip_bomb(path, checkpoint, compression=zipfile.ZIP_DEFLATED):
     """A record that unpacks to a thousand times the file."""
     with zipfile.ZipFile(path, "w", compression, compresslevel=1) as archive:
-        archive.writestr("archive/data/0", bytes(400 * MB))
+        archive.writestr("archive/data/0", bytes(200 * MB))
 
 
 def lying_zip_bomb(path, checkpoint):
-    """A record of 400 MB whose directory says that it holds 100 bytes."""
+    """A record of 200 MB whose directory says that it holds 100 bytes."""
     zip_bomb(path, checkpoint, zipfile.ZIP_BZIP2)
     data = path.read_bytes()
-    path.write_bytes(data.replace((400 * MB).to_bytes(4, "little"), (100).to_bytes(4, "little")))
+    path.write_bytes(data.replace((200 * MB).to_bytes(4, "little"), (100).to_bytes(4, "little")))
 
 
 MODEL_BOMBS = {
@@ -464,6 +487,9 @@ MODEL_BOMBS = {
         ("model_config.channels", [1] * 10**5), ("model_config.strides", [[1, 1]] * 10**5)
     ),
     "strides of 2**40": save_changed(("model_config.strides", ((2**40, 2**40),) * 4)),
+    "strides of time without end": save_changed(
+        ("model_config.strides", ((2**40, 2), (2, 2), (1, 2), (1, 4)))
+    ),
     "classes without end": save_changed(("model_config.n_classes", 10**5)),
     "weights of stride 0": lambda path, c: torch.save(huge_expanded(c), path),
     "a zip bomb": zip_bomb,

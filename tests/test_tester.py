@@ -304,7 +304,7 @@ def test_where_no_file_can_be_classified_the_run_says_so(model, few, tmp_path):
 
 @pytest.fixture
 def closed(few, monkeypatch):
-    """`few` with a subfolder that cannot be entered: root is let in anywhere, so scandir is told."""
+    """`few` with a subfolder that cannot be entered, even by root."""
     (few / "closed").mkdir()
     scandir = os.scandir
 
