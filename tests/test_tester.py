@@ -61,7 +61,7 @@ def at_most(seconds):
     """Raises where the block waits for ever."""
 
     def stop(*_):
-        raise TimeoutError("waited in vain")
+        raise AssertionError("waited in vain")  # a TimeoutError would be an OSError
 
     handler = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -188,14 +188,14 @@ def test_features_travel_in_the_checkpoint_and_the_tester_works_alone(corpus, tm
     paths = ("--input_dir", corpus, "--model_path", model, "--output_dir", tmp_path / "out")
     text = run(script, *paths, cwd=tmp_path)
     assert_the_trainers_answers(tmp_path / "out", tmp_path / "run/output")
-    assert re.search(r"files are longer than 60 frames: [\d.]+ s are ignored", text)
+    assert re.search(r"longer than 60 frames.*[\d.]+ s", text)
     assert "longer than" not in classify(corpus, model, tmp_path / "whole", "--max_width", 1000)
 
 
 def test_voices_of_the_training_are_told(corpus, trained, model, unheard, tmp_path):
     text = classify(corpus, model, tmp_path)
     known = [row for row in read_table(trained / "split.csv") if row["split"] != "test"]
-    assert f"Not a fair test: {len(known)} of them" in text
+    assert re.search(rf"Not a fair test\D*{len(known)} ", text)
     assert "Not a fair test" in (tmp_path / "classification_report.txt").read_text()
     assert "Not a fair test" not in classify(unheard, model, tmp_path)
     checkpoint = torch.load(model, weights_only=True)
@@ -204,7 +204,7 @@ def test_voices_of_the_training_are_told(corpus, trained, model, unheard, tmp_pa
         only = {"train": [], "val": []} | {part: names}
         torch.save(checkpoint | {"speakers": only}, tmp_path / "other.pth")
         text = classify(corpus, tmp_path / "other.pth", tmp_path / "out")
-        assert f"Not a fair test: {6 * len(names)} of them" in text
+        assert re.search(rf"Not a fair test\D*{6 * len(names)} ", text)
 
 
 @pytest.mark.parametrize("n_named, n_others", [(3, 2), (2, 2), (0, 3)])
@@ -234,10 +234,11 @@ def test_ignored_seconds_and_uncertain_rows(speech, model, tmp_path):
     assert rows["short.wav"]["ignored_s"] == "0.000"
     assert rows["broken.wav"]["ignored_s"] == rows["broken.wav"]["uncertain"] == ""
     assert rows["long.wav"]["uncertain"] == rows["short.wav"]["uncertain"] == "yes"
-    assert "2 files are uncertain" in text and f"{ignored:,.1f} s are ignored" in text
+    assert re.search("2 files.*uncertain", text) and f"{ignored:,.1f} s" in text
     confidence = [float(rows[name]["confidence"]) for name in ("long.wav", "short.wav")]
     between = np.mean(confidence)
-    assert "1 file is uncertain" in classify(speech, model, tmp_path, "--min_confidence", between)
+    text = classify(speech, model, tmp_path, "--min_confidence", between)
+    assert re.search("1 file .*uncertain", text)
     for row in results(tmp_path):
         if not row["error"]:
             assert row["uncertain"] == ("yes" if float(row["confidence"]) < between else "no")
@@ -309,8 +310,8 @@ def closed(few, monkeypatch):
     scandir = os.scandir
 
     def refuse(path):
-        if os.fspath(path).endswith("closed"):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        if isinstance(path, str) and path.endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
@@ -326,7 +327,7 @@ def test_a_closed_subfolder_has_its_row(closed, model, tmp_path):
 
 
 AWKWARD = (
-    *("=1+1.wav", "-x.WAV", "+.wav", "@a.wav", "'=quoted.wav", "'plain.wav", "new\nline.wav"),
+    *("=1+1.wav", "-x.WAV", "+.wav", "@a.wav", "'plain.wav", "new\nline.wav"),
     *("a\rb.wav", "\tt.wav", 'quo"te.wav', "sub, folder/b c.wav", "=sub/x.wav", "ünï😀.wav"),
     *("$x$.wav", "\x1b[31mred.wav", os.fsdecode(b"J\xfcrgen.wav"), "n" * 251 + ".wav"),
     *("a.wav", "a.flac", "a.wav.wav", "a.png/b.wav", "a.wav.png/b.wav"),
@@ -345,7 +346,7 @@ def awkward(corpus, tmp_path):
 
 def shown_path(name):
     """A path as the table shows it."""
-    return f"./{name}" if re.match(r"'*[=+\-@\t\r]", name) else name
+    return f"./{name}" if name[0] in "=+-@\t\r" else name
 
 
 def test_awkward_names_get_rows_and_pictures(awkward, model, tmp_path):
@@ -381,6 +382,18 @@ def test_awkward_names_are_read_back_by_resume(awkward, model, tmp_path, monkeyp
             interrupt(out)
         classify(awkward, model, out, "--cpu", "--resume")
         assert (out / TABLE).read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["'=1.wav", "''=1.wav", "'+a.wav", "'=sub/a.wav"])
+def test_a_name_that_begins_with_an_apostrophe_is_read_back(
+    corpus, model, tmp_path, monkeypatch, name
+):
+    (tmp_path / "in" / name).parent.mkdir(parents=True)
+    shutil.copy(min(corpus.iterdir()), tmp_path / "in" / name)
+    classify(tmp_path / "in", model, tmp_path / "out")
+    assert [row["file"] for row in tester.read_csv(tmp_path / "out" / TABLE)] == [name]
+    forbid_classifying(monkeypatch)
+    classify(tmp_path / "in", model, tmp_path / "out", "--resume")
 
 
 def test_a_table_is_as_spreadsheets_may_open_it(awkward, model, tmp_path):
@@ -474,21 +487,23 @@ def test_one_file_as_input(corpus, model, tmp_path):
     assert source.name in text
 
 
-def test_pipes_are_refused_wherever_a_file_is_asked_for(corpus, model, tmp_path):
+def test_a_pipe_as_input_is_refused_at_once(model, tmp_path):
     os.mkfifo(tmp_path / "sound.wav")
     out = tmp_path / "out"
     with at_most(60):
-        text = classify(tmp_path / "sound.wav", model, out, code=1)
-        assert "regular file" in text
-        for name in (TABLE, PARTIAL, "run.json", "run.json.partial"):
-            shutil.rmtree(out)
-            classify(min(corpus.iterdir()), model, out)
-            if name.endswith(".partial"):
-                interrupt(out)
-            (out / name).unlink()
-            os.mkfifo(out / name)
-            text = classify(min(corpus.iterdir()), model, out, "--resume", code=1)
-            assert name in text, name
+        assert "regular file" in classify(tmp_path / "sound.wav", model, out, code=1)
+
+
+@pytest.mark.parametrize("name", [TABLE, PARTIAL, "run.json", "run.json.partial"])
+def test_pipes_among_the_results_are_refused_at_once(corpus, model, tmp_path, name):
+    out = tmp_path / "out"
+    classify(min(corpus.iterdir()), model, out)
+    if name.endswith(".partial"):
+        interrupt(out)
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    with at_most(30):
+        assert name in classify(min(corpus.iterdir()), model, out, "--resume", code=1)
 
 
 # --------------------------------------------------------------------------------------
@@ -701,12 +716,12 @@ def test_resume_with_another_model_or_option_is_refused(few, model, tmp_path):
     for is_whole in (True, False):
         before = files_below(out)
         text = classify(few, model, out, "--resume", "--max_width", 50, code=1)
-        assert "max_width was 191, now 50" in text
+        assert re.search("max_width.*191.*50", text)
         text = classify(few, model, out, "--resume", "--min_confidence", 0.5, code=1)
-        assert "min_confidence was None, now 0.5" in text
+        assert re.search("min_confidence.*None.*0.5", text)
         text = classify(few, model, out, "--resume", "--segments", code=1)
-        assert "segments was False, now True" in text
-        assert "model was" in classify(few, other, out, "--resume", code=1)
+        assert re.search("segments.*False.*True", text)
+        assert re.search(r"\(model", classify(few, other, out, "--resume", code=1))
         assert files_below(out) == before
         if is_whole:
             interrupt(out)
@@ -850,9 +865,9 @@ def test_a_run_without_resume_leaves_shards_and_says_so(few, model, tmp_path):
         classify(few, model, out, "--shard", f"{i}/2")
     shards = {name: data for name, data in files_below(out).items() if "shard" in name}
     text = classify(few, model, out)
-    assert "2 shards lie in" in text and "--resume" in text
+    assert "2 shards" in text and "--resume" in text
     assert shards.items() <= files_below(out).items()
-    assert "shards lie" not in classify(few, model, out, "--resume")
+    assert "2 shards" not in classify(few, model, out, "--resume")
     assert not list(out.glob("shard*"))
 
 
@@ -862,7 +877,7 @@ def test_a_shard_of_other_options_or_at_work_is_not_joined(few, model, tmp_path)
     classify(few, model, out, "--shard", "0/2")
     before = files_below(out)
     text = classify(few, model, out, "--resume", "--max_width", 50, code=1)
-    assert "max_width was 191, now 50" in text and "shard_0_of_2" in text
+    assert re.search("max_width.*191.*50", text) and "shard_0_of_2" in text
     descriptor = os.open(out / "shard_0_of_2", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
