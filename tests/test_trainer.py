@@ -902,6 +902,7 @@ def test_figures_against_scikit_learn():
     low, high = found["uar_ci95"]
     assert low < found["uar"] < high
     assert 0.03 < high - low < 0.2
+    assert found["uar_ci95"] == trainer.uar_interval(label, answer, actors)
 
 
 def test_the_interval_is_over_actors():
@@ -1061,7 +1062,8 @@ def test_flipped_bits_are_refused_or_change_nothing(whole, tmp_path):
     assert n_refused > 150, "a flipped weight is not seen"
 
 
-def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(whole, tmp_path):
+def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(whole, tmp_path, monkeypatch):
+    """Before anything in it is unpacked."""
     bomb = tmp_path / "bomb.pth"
     with (
         zipfile.ZipFile(whole / "best_model.pth") as sound,
@@ -1070,8 +1072,12 @@ def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(whole, tmp_p
         for record in sound.infolist():
             packed.writestr(record.filename, sound.read(record))
         packed.writestr("best_model/data/999", bytes(10**7))
+    unpacked = []
+    monkeypatch.setattr(trainer.torch, "load", lambda *_, **__: unpacked.append("load"))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: unpacked.append("testzip"))
     with pytest.raises(trainer.UserError, match="bomb"):
         trainer.read_checkpoint(bomb)
+    assert not unpacked
 
 
 def test_a_mistake_of_ours_is_not_told_as_the_users_files_fault(mels, tmp_path):
