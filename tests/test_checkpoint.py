@@ -442,8 +442,8 @@ def deep_pickle(path, checkpoint, where, depth):
 
 
 def huge_expanded(checkpoint):
-    """Weights of 10**10 numbers that are one number: a view with a stride of 0."""
-    other = changed(checkpoint, "model_config.hidden", 50_000)
+    """Weights of 500 MB that are one number each: views with a stride of 0."""
+    other = changed(checkpoint, "model_config.hidden", 1500)
     with torch.device("meta"):
         model = tester.EmotionClassifier(**other["model_config"])
     one = torch.zeros(())
@@ -463,15 +463,23 @@ def save_changed(*changes):
     return save
 
 
-def zip_bomb(path, checkpoint, compression=zipfile.ZIP_DEFLATED):
-    """A record that unpacks to a thousand times the file."""
-    with zipfile.ZipFile(path, "w", compression, compresslevel=1) as archive:
-        archive.writestr("archive/data/0", bytes(200 * MB))
+def zip_bomb(path, checkpoint):
+    """A whole checkpoint with 400 MB of zeros in it, compressed."""
+    torch.save(checkpoint | {"epoch": torch.zeros(400 * MB, dtype=torch.uint8)}, path)
+    stored = path.rename(path.with_suffix(".stored"))
+    with (
+        zipfile.ZipFile(stored) as whole,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+    ):
+        for record in whole.namelist():
+            archive.writestr(record, whole.read(record))
+    stored.unlink()
 
 
 def lying_zip_bomb(path, checkpoint):
     """A record of 200 MB whose directory says that it holds 100 bytes."""
-    zip_bomb(path, checkpoint, zipfile.ZIP_BZIP2)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2, compresslevel=1) as archive:
+        archive.writestr("archive/data/0", bytes(200 * MB))
     data = path.read_bytes()
     path.write_bytes(data.replace((200 * MB).to_bytes(4, "little"), (100).to_bytes(4, "little")))
 

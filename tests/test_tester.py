@@ -502,7 +502,7 @@ def test_pipes_among_the_results_are_refused_at_once(corpus, model, tmp_path, na
         interrupt(out)
     (out / name).unlink()
     os.mkfifo(out / name)
-    with at_most(30):
+    with at_most(20):
         assert name in classify(min(corpus.iterdir()), model, out, "--resume", code=1)
 
 
