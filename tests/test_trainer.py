@@ -825,6 +825,8 @@ def test_figures_of_the_test_are_the_tests_and_of_validation_validations(mels, t
     best_row = history[metrics["best_epoch"] - 1]
     assert float(best_row["val_accuracy"]) == pytest.approx(metrics["val"]["accuracy"])
     assert metrics["best_epoch"] == best["epoch"]
+    model_file = (output / "best_model.pth").read_bytes()
+    assert os.fsencode(tmp_path) not in model_file, "the path of the split is in the model"
 
 
 def test_an_emotion_absent_from_the_test_counts_nowhere(mels, tmp_path):
