@@ -1,8 +1,9 @@
 #!/bin/sh
-# The tests, without the long ones: sh tests/run.sh. Arguments go to pytest: sh tests/run.sh -k padding
+# The tests, without the long ones: sh tests/run.sh
+# Arguments go to pytest: sh tests/run.sh -k padding
 set -e
 arguments="$*"
 set -- tests/requirements.txt
 . "$(dirname "$0")/setup.sh"
 # shellcheck disable=SC2086
-exec .venv/bin/python -m pytest tests $arguments
+exec "$python" -m pytest tests $arguments

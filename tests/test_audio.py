@@ -288,6 +288,7 @@ def chunk(name, content):
 
 PCM = (TONE * 32767).astype("<i2").tobytes()
 LIST = chunk(b"LIST", b"INFOISFT\x0d\0\0\0Lavf58.29.100\0")
+ODD = chunk(b"note", b"a byte of padding follows")
 BIG = 2**32 - 1
 
 
@@ -297,6 +298,7 @@ BIG = 2**32 - 1
         (0, 0, b""),
         (36, 0, b""),
         (0, 0, LIST),
+        (0, 0, ODD),
         (36 + len(LIST), 0, LIST),
         (BIG, BIG, b""),  # ffmpeg's, into a pipe
         (BIG, BIG, LIST),
@@ -540,6 +542,11 @@ def test_the_length_is_what_ffmpeg_tells_or_what_it_decodes(ffmpeg, video_call):
     for text in ("", "  Duration: N/A, start: 0.0\n"):
         ffmpeg(seconds=2.5, text=text)
         assert load(video_call, seconds=3.0)[1] == pytest.approx(2.5)
+
+
+def test_a_file_of_hours_is_told_with_the_length_that_ffmpeg_tells(ffmpeg, video_call):
+    ffmpeg(seconds=3600.0, text="  Duration: 01:00:00.00, start: 0.0\n")
+    assert "longer than --max_duration: 3,600.0 s" in reason(video_call, max_duration=10)
 
 
 def test_ffmpegs_error_is_the_reason(ffmpeg, video_call):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 
@@ -896,10 +897,14 @@ def test_workers_that_cannot_be_started_are_told(clips, tmp_path, monkeypatch):
     assert "--workers" in text
 
 
-def test_starting_workers_changes_nothing_in_this_process(clips, tmp_path):
+def test_starting_workers_changes_nothing_in_this_process(clips, tmp_path, monkeypatch):
+    for name in gen.WORKER_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
+    handler = signal.getsignal(signal.SIGINT)
     generate(clips, tmp_path / "out", *QUICK)
     assert dict(os.environ) == before
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_full_disk_is_told(clips, tmp_path, monkeypatch):

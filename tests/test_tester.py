@@ -1,396 +1,1295 @@
-"""custom2_tester.py: the trainer's figures again, the results' contract, bad input."""
+"""custom2_tester.py: the trainer's figures again, the results' contract, resuming, bad input."""
 
+import copy
 import csv
+import errno
 import json
 import math
 import os
-import pickle
 import re
 import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
 import warnings
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, classify, generate, run, train
+from conftest import ROOT, classify, generate, read_table, run, start, train, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, recall_score
-from test_generator import bad_files
 
 import custom2_tester as tester
 
-COLUMNS = "file,predicted_class,predicted_code,confidence,Angry,Disgust,Fear,Happy,Neutral,Sad,duration_s,true_class,error,unheard_s,uncertain"
-NAMES = COLUMNS.split(",")[4:10]
+NAMES = ["Angry", "Disgust", "Fear", "Happy", "Neutral", "Sad"]
+COLUMNS = ["file", "predicted_class", "predicted_code", "confidence", *NAMES]
+COLUMNS += ["duration_s", "ignored_s", "uncertain", "true_class", "error"]
+TABLE, PARTIAL = "classification_results.csv", "classification_results.csv.partial"
+RATE = 16000
+TONE = (0.3 * np.sin(np.arange(RATE) / 5)).astype(np.float32)
+HALF_SECONDS = ("--segments", "--window", 0.5, "--step", 0.5)
 
 
 def results(folder):
-    with open(folder / "classification_results.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
+    return read_table(folder / TABLE)
+
+
+def by_file(folder):
+    return {row["file"]: row for row in results(folder)}
+
+
+def probabilities(row):
+    return [float(row[name]) for name in NAMES]
+
+
+def files_below(folder):
+    """Every file's bytes by name, but for the note that tells the time."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.name != "run.json"}
+
+
+@contextmanager
+def at_most(seconds):
+    """Raises where the block waits for ever."""
+
+    def stop(*_):
+        raise AssertionError("waited in vain")  # a TimeoutError would be an OSError
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return trained / "best_model.pth"
 
 
 @pytest.fixture(scope="module")
 def unheard(corpus, trained, tmp_path_factory):
     """The audio of the trainer's test clips."""
     folder = tmp_path_factory.mktemp("unheard")
-    for stem in pd.read_csv(trained / "test_predictions.csv").stem:
-        shutil.copy(corpus / f"{stem}.wav", folder)
+    for row in read_table(trained / "test_predictions.csv"):
+        shutil.copy(corpus / f"{row['stem']}.wav", folder)
     return folder
 
 
+@pytest.fixture
+def few(corpus, tmp_path):
+    """A folder of six clips that a test may change."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for path in sorted(corpus.iterdir())[::8]:
+        shutil.copy(path, folder)
+    return folder
+
+
+# --------------------------------------------------------------------------------------
+# The trainer's figures, the files' contract
+
+
 def assert_the_trainers_answers(output_dir, trained):
-    """That the tester's probabilities are the trainer's, in a model whose answers differ from clip to clip."""
+    """That the tester's probabilities are the trainer's, of a model whose answers differ."""
     ours = pd.DataFrame(results(output_dir)).set_index("file")
     theirs = pd.read_csv(trained / "test_predictions.csv").set_index("stem")
     theirs.index += ".wav"
     assert (theirs[NAMES].max() - theirs[NAMES].min()).max() > 0.05
-    assert (ours.loc[theirs.index, NAMES].astype(float) - theirs[NAMES]).abs().max().max() < 1e-4
+    difference = ours.loc[theirs.index, NAMES].astype(float) - theirs[NAMES]
+    assert difference.abs().max().max() < 1e-4
     assert (ours.loc[theirs.index].predicted_class == theirs.predicted_class).all()
 
 
-def test_the_trainers_test_figures_again(trained, unheard, tmp_path):
-    text = classify(unheard, trained / "best_model.pth", tmp_path, "--cpu", "--batch_size", 4)
+def test_the_trainers_test_figures_again(trained, model, unheard, tmp_path):
+    text = classify(unheard, model, tmp_path, "--cpu", "--batch_size", 4)
     assert_the_trainers_answers(tmp_path, trained)
     test = json.loads((trained / "metrics.json").read_text())["test"]
-    assert f"accuracy {100 * test['accuracy']:.1f} %, UAR {100 * test['uar']:.1f} %" in text
-    assert f"accuracy {100 * test['accuracy']:.1f} %" in (tmp_path / "classification_report.txt").read_text()
+    figures = f"accuracy {100 * test['accuracy']:.1f} %, UAR {100 * test['uar']:.1f} %"
+    assert figures in text
+    assert figures in (tmp_path / "classification_report.txt").read_text()
 
 
-def test_outputs_are_those_of_the_contract(trained, unheard, tmp_path):
-    classify(unheard, trained / "best_model.pth", tmp_path, "--visualize", "--workers", 2)
-    assert {p.name for p in tmp_path.iterdir()} == {"classification_results.csv", "summary.csv", "confidence_distribution.png", "confusion_matrix.png", "classification_report.txt", "mel_spectrograms", "run.json"}
-    assert (tmp_path / "classification_results.csv").read_text().splitlines()[0] == COLUMNS
+def test_outputs_are_those_of_the_contract(model, unheard, tmp_path):
+    text = classify(unheard, model, tmp_path, "--visualize", "--workers", 1)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {
+        *(TABLE, "summary.csv", "confidence_distribution.png", "confusion_matrix.png"),
+        *("classification_report.txt", "mel_spectrograms", "run.json"),
+    }
+    header = (tmp_path / TABLE).read_text().splitlines()[0]
+    assert header == ",".join(COLUMNS)
     rows = results(tmp_path)
-    assert [r["file"] for r in rows] == sorted(p.name for p in unheard.iterdir())
+    assert [row["file"] for row in rows] == sorted(path.name for path in unheard.iterdir())
     for row in rows:
-        probabilities = [float(row[n]) for n in NAMES]
-        assert sum(probabilities) == pytest.approx(1, abs=1e-5) and float(row["confidence"]) == max(probabilities)
-        assert row["predicted_class"] == NAMES[int(np.argmax(probabilities))] and row["predicted_class"][:3].upper() == row["predicted_code"]
-        assert float(row["duration_s"]) == pytest.approx(soundfile.info(unheard / row["file"]).duration, abs=1e-3)
+        assert sum(probabilities(row)) == pytest.approx(1, abs=1e-5)
+        assert float(row["confidence"]) == max(probabilities(row))
+        assert row["predicted_class"] == NAMES[int(np.argmax(probabilities(row)))]
+        assert row["predicted_class"][:3].upper() == row["predicted_code"]
+        seconds = soundfile.info(unheard / row["file"]).duration
+        assert float(row["duration_s"]) == pytest.approx(seconds, abs=1e-3)
         assert row["true_class"][:3].upper() == row["file"].split("_")[2]
+        assert row["error"] == row["uncertain"] == ""
+        assert row["file"] in text
+    pictures = {path.name for path in (tmp_path / "mel_spectrograms").iterdir()}
+    assert pictures == {f"{path.name}.png" for path in unheard.iterdir()}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.rglob("*.png"))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert {"command", "versions", "platform", "model_sha256", "seconds"} <= record.keys()
+
+
+def test_summary_counts_the_table(corpus, model, tmp_path):
+    classify(corpus, model, tmp_path, "--cpu")
+    rows = results(tmp_path)
     summary = pd.read_csv(tmp_path / "summary.csv")
     assert summary["class"].tolist() == NAMES
     for line in summary.itertuples():
         confidence = [float(row["confidence"]) for row in rows if row["predicted_class"] == line._1]
-        assert line.count == len(confidence) and line.percentage == pytest.approx(100 * len(confidence) / len(rows), abs=0.01)
-        assert line.mean_confidence == pytest.approx(np.mean(confidence), abs=1e-4) if confidence else math.isnan(line.mean_confidence)
-    assert {p.stem for p in (tmp_path / "mel_spectrograms").iterdir()} == {p.stem for p in unheard.iterdir()}
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in tmp_path.rglob("*.png"))
+        assert line.count == len(confidence)
+        assert line.percentage == pytest.approx(100 * len(confidence) / len(rows), abs=0.01)
+        if confidence:
+            assert line.mean_confidence == pytest.approx(np.mean(confidence), abs=1e-4)
+        else:
+            assert math.isnan(line.mean_confidence)
 
 
-def test_figures_where_some_emotions_are_rarer(corpus, trained, tmp_path):
+def test_figures_where_some_emotions_are_rarer(corpus, model, tmp_path):
     """Where every emotion is as frequent, UAR is accuracy."""
     (tmp_path / "in").mkdir()
-    for i, path in enumerate(sorted(corpus.iterdir(), key=lambda path: path.name.split("_")[2])[:40]):
+    by_emotion = sorted(corpus.iterdir(), key=lambda path: path.name.split("_")[2])
+    for i, path in enumerate(by_emotion[:40]):
         if i % 3:
             shutil.copy(path, tmp_path / "in")
-    text = classify(tmp_path / "in", trained / "best_model.pth", tmp_path / "out", "--cpu")
+    text = classify(tmp_path / "in", model, tmp_path / "out", "--cpu")
     rows = results(tmp_path / "out")
-    true, predicted = ([row[column] for row in rows] for column in ("true_class", "predicted_class"))
-    accuracy, uar = accuracy_score(true, predicted), recall_score(true, predicted, average="macro", labels=sorted(set(true)))
-    assert abs(accuracy - uar) > 0.001 and f"accuracy {100 * accuracy:.1f} %, UAR {100 * uar:.1f} %" in text
+    true, predicted = ([row[name] for row in rows] for name in ("true_class", "predicted_class"))
+    accuracy = accuracy_score(true, predicted)
+    uar = recall_score(true, predicted, average="macro", labels=sorted(set(true)))
+    assert abs(accuracy - uar) > 0.001
+    assert f"accuracy {100 * accuracy:.1f} %, UAR {100 * uar:.1f} %" in text
 
 
-def test_features_travel_in_the_checkpoint(corpus, tmp_path):
+def test_features_travel_in_the_checkpoint_and_the_tester_works_alone(corpus, tmp_path):
     generate(corpus, tmp_path / "mels", "--n_mels", 64, "--hop_length", 256, "--no_augment")
     train(tmp_path / "run", tmp_path / "mels", MAX_WIDTH=60, EPOCHS=15)
     model = tmp_path / "run/output/best_model.pth"
     (tmp_path / "alone").mkdir()
-    shutil.copy(ROOT / "custom2_tester.py", tmp_path / "alone")
-    text = run(tmp_path / "alone/custom2_tester.py", "--input_dir", corpus, "--model_path", model, "--output_dir", tmp_path / "out", cwd=tmp_path)
+    script = shutil.copy(ROOT / "custom2_tester.py", tmp_path / "alone")
+    paths = ("--input_dir", corpus, "--model_path", model, "--output_dir", tmp_path / "out")
+    text = run(script, *paths, cwd=tmp_path)
     assert_the_trainers_answers(tmp_path / "out", tmp_path / "run/output")
-    assert re.search(r"files are longer than 60 frames: [\d.]+ s are unheard", text)
+    assert re.search(r"longer than 60 frames.*[\d.]+ s", text)
     assert "longer than" not in classify(corpus, model, tmp_path / "whole", "--max_width", 1000)
 
 
-def test_awkward_names_one_file_and_failures(corpus, trained, tmp_path):
-    source, folder = sorted(corpus.iterdir())[0], tmp_path / "in"
-    (folder / "sub, folder").mkdir(parents=True)
-    (folder / "x.wav").mkdir()
-    names = [os.fsdecode(b"J\xfcrgen.wav"), "=1+1.wav", "-x.WAV", "+.wav", "@a.wav", "new\nline.wav", 'quo"te.wav', "sub, folder/b c.wav", "ünï😀.wav", "$x$.wav", "n" * 246 + ".wav"]
-    for name in names:
-        shutil.copy(source, folder / name)
-    words = bad_files(folder)
-    text = classify(folder, trained / "best_model.pth", tmp_path / "out", "--visualize")
-    rows = {r["file"]: r for r in results(tmp_path / "out")}
-    shown = [f"./{n}" if n[0] in "=+-@" else n for n in names]
-    assert rows.keys() == {*shown, *words}
-    assert len({rows[n]["confidence"] for n in shown}) == 1 and not any(rows[n]["error"] for n in shown)
+def test_voices_of_the_training_are_told(corpus, trained, model, unheard, tmp_path):
+    text = classify(corpus, model, tmp_path)
+    known = [row for row in read_table(trained / "split.csv") if row["split"] != "test"]
+    assert re.search(rf"Not a fair test\D*{len(known)} ", text)
+    assert "Not a fair test" in (tmp_path / "classification_report.txt").read_text()
+    assert "Not a fair test" not in classify(unheard, model, tmp_path)
+    checkpoint = torch.load(model, weights_only=True)
+    for part in ("train", "val"):
+        names = checkpoint["speakers"][part]
+        only = {"train": [], "val": []} | {part: names}
+        torch.save(checkpoint | {"speakers": only}, tmp_path / "other.pth")
+        text = classify(corpus, tmp_path / "other.pth", tmp_path / "out")
+        assert re.search(rf"Not a fair test\D*{6 * len(names)} ", text)
+
+
+@pytest.mark.parametrize("n_named, n_others", [(3, 2), (2, 2), (0, 3)])
+def test_names_tell_labels_only_if_more_than_half_have_one(n_named, n_others, capsys):
+    classes = [{"code": name[:3].upper(), "name": name} for name in NAMES]
+    named = [f"sub/1001_x_sAd_{i}.wav" for i in range(n_named)]
+    paths = [*named, *(f"OAF_back_happy_{i}.wav" for i in range(n_others))]
+    labels = tester.find_labels(paths, classes)
+    assert labels == (dict.fromkeys(named, "Sad") if n_named > n_others else {})
+    assert ("Note" in capsys.readouterr().out) == (0 < n_named <= n_others)
+
+
+def test_too_few_labels_leave_no_figures(few, model, tmp_path):
+    for path in sorted(few.iterdir())[:3]:
+        path.rename(few / f"{path.stem[-2:]}{path.name[:4]}.wav")
+    text = classify(few, model, tmp_path / "out")
+    assert "accuracy" not in text
+    assert not (tmp_path / "out/confusion_matrix.png").exists()
+    assert {row["true_class"] for row in results(tmp_path / "out")} == {""}
+
+
+def test_ignored_seconds_and_uncertain_rows(speech, model, tmp_path):
+    text = classify(speech, model, tmp_path, "--min_confidence", 0.999)
+    rows = by_file(tmp_path)
+    ignored = soundfile.info(speech / "long.wav").duration - 191 * 512 / RATE
+    assert float(rows["long.wav"]["ignored_s"]) == pytest.approx(ignored, abs=1e-3)
+    assert rows["short.wav"]["ignored_s"] == "0.000"
+    assert rows["broken.wav"]["ignored_s"] == rows["broken.wav"]["uncertain"] == ""
+    assert rows["long.wav"]["uncertain"] == rows["short.wav"]["uncertain"] == "yes"
+    assert re.search("2 files.*uncertain", text) and f"{ignored:,.1f} s" in text
+    confidence = [float(rows[name]["confidence"]) for name in ("long.wav", "short.wav")]
+    between = np.mean(confidence)
+    text = classify(speech, model, tmp_path, "--min_confidence", between)
+    assert re.search("1 file .*uncertain", text)
+    for row in results(tmp_path):
+        if not row["error"]:
+            assert row["uncertain"] == ("yes" if float(row["confidence"]) < between else "no")
+
+
+# --------------------------------------------------------------------------------------
+# Names and bad files
+
+
+def write_bad_files(folder):
+    """A file of each kind that cannot be used, with words that its reason must hold."""
+    at_7 = np.arange(RATE) == 7
+    sounds = {
+        "none": (TONE[:0], "without samples"),
+        "short": (TONE[:511], "shorter than one hop"),
+        "silent": (np.zeros(RATE), "silent"),
+        "dc": (np.full(RATE, 0.5), "silent"),
+        "nan": (np.where(at_7, np.nan, TONE), "not finite"),
+        "inf": (np.where(at_7, np.inf, TONE), "not finite"),
+        "integers": (32768 * TONE, "beyond full scale"),
+    }
+    for name, (samples, _) in sounds.items():
+        soundfile.write(folder / f"{name}.wav", samples, RATE, subtype="FLOAT")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "lfs.wav").write_text(pointer)
+    (folder / "zero.wav").write_bytes(b"")
+    (folder / "text.wav").write_text("this is no sound\n" * 50)
+    (folder / "link.wav").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.wav")
+    words = {f"{name}.wav": word for name, (_, word) in sounds.items()}
+    return words | {
+        "lfs.wav": "git lfs pull",
+        "zero.wav": "0 bytes",
+        "text.wav": "unreadable",
+        "link.wav": "unreadable: No such file",
+        "pipe.wav": "regular file",
+    }
+
+
+def test_every_bad_file_has_its_row(few, model, tmp_path):
+    words = write_bad_files(few)
+    (few / "folder.wav").mkdir()
+    text = classify(few, model, tmp_path / "out")
+    rows = by_file(tmp_path / "out")
+    assert len(rows) == 6 + len(words)
     for name, word in words.items():
-        assert word in rows[name]["error"] and rows[name]["confidence"] == rows[name]["predicted_class"] == ""
+        assert word in rows[name]["error"], name
+        assert rows[name]["confidence"] == rows[name]["predicted_class"] == ""
     assert f"{len(words)} of {len(rows)} files could not be classified" in text
-    assert (tmp_path / "out/mel_spectrograms/sub, folder/b c.png").exists() and len(list(tmp_path.rglob("*.png"))) == len(names) + 1
-    classify(folder, trained / "best_model.pth", tmp_path / "out", "--strict", code=1)
-    text = classify(source, trained / "best_model.pth", tmp_path / "one")
-    assert [r["file"] for r in results(tmp_path / "one")] == [source.name] and source.name in text
+    assert sum(int(row["count"]) for row in read_table(tmp_path / "out/summary.csv")) == 6
+    classify(few, model, tmp_path / "out", "--strict", code=1)
 
 
-def test_runs_repeat_byte_for_byte_and_resume(corpus, trained, tmp_path):
-    model = trained / "best_model.pth"
-    for name in ("one", "two"):
-        classify(corpus, model, tmp_path / name, "--cpu")
-    whole = (tmp_path / "one/classification_results.csv").read_bytes()
-    assert (tmp_path / "two/classification_results.csv").read_bytes() == whole
-    partial = tmp_path / "two/classification_results.csv.partial"
-    lines = whole.splitlines(keepends=True)
-    marked = lines[1].replace(lines[1].split(b",")[3], b"0.123456", 1)  # rows that were written are kept, not made again
-    partial.write_bytes(b"".join([lines[0], marked, *lines[2:20]]) + lines[20][:30])
-    classify(corpus, model, tmp_path / "two", "--cpu", "--resume")
-    (tmp_path / "three").mkdir()
-    for name, word in (("classification_results.csv.partial", whole), ("classification_results.csv.run", b"another")):
-        (tmp_path / "three" / name).write_bytes(word)
-    assert "is of another model" in classify(corpus, model, tmp_path / "three", "--resume", code=1)
-    again = (tmp_path / "two/classification_results.csv").read_bytes().splitlines(keepends=True)
-    assert again[1] == marked and [row.split(b",")[0] for row in again] == [row.split(b",")[0] for row in lines] and not partial.exists()
+def test_where_no_file_can_be_classified_the_run_says_so(model, few, tmp_path):
+    out = tmp_path / "out"
+    classify(few, model, out)
+    for path in few.iterdir():
+        path.write_bytes(b"RIFF")
+    text = classify(few, model, out, code=1)
+    assert "No file could be classified" in text and "unreadable" in text
+    # Nothing stands there that tells of the run before.
+    assert sorted(path.name for path in out.iterdir()) == [TABLE, "run.json"]
 
 
-def damaged(path, what):
-    checkpoint = torch.load(path, weights_only=True)
-    state, config = checkpoint["model_state_dict"], checkpoint["model_config"]
-    changes = {"lacks": lambda: checkpoint.pop("mel_config"), "newer": lambda: checkpoint.update(format_version=99), "NaN": lambda: state["head.0.weight"].fill_(float("nan")), "infinite": lambda: state["head.8.bias"].__setitem__(0, -math.inf),
-               "cold": lambda: checkpoint.update(temperature=-1.0), "narrow": lambda: checkpoint.update(max_width=0), "twins": lambda: checkpoint["classes"].__setitem__(0, checkpoint["classes"][1]),
-               "deviation": lambda: checkpoint["normalization"]["std"].__setitem__(0, 0.0), "rate": lambda: checkpoint["mel_config"].update(sample_rate=0), "hop": lambda: checkpoint["mel_config"].update(hop_length=0),
-               "heads": lambda: config.update(heads=5), "edges": lambda: checkpoint["mel_config"].pop("fmin"), "tensor": lambda: checkpoint.update(format_version=torch.ones(3)),
-               "size": lambda: config.update(hidden=16), "bands": lambda: checkpoint["mel_config"].update(n_mels=64), "keys": lambda: state.pop("head.0.weight")}  # fmt: skip
-    changes[what]()
-    torch.save(checkpoint, path)
+@pytest.fixture
+def closed(few, monkeypatch):
+    """`few` with a subfolder that cannot be entered, even by root."""
+    (few / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if isinstance(path, str) and path.endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    return few
 
 
-class Bomb:
-    def __reduce__(self):
-        return (open, ("exploded", "w"))
+def test_a_closed_subfolder_has_its_row(closed, model, tmp_path):
+    for options in ((), ("--resume",)):
+        text = classify(closed, model, tmp_path / "out", *options)
+        rows = by_file(tmp_path / "out")
+        assert len(rows) == 7 and "cannot be entered" in rows["closed/"]["error"]
+        assert "1 of 7 files could not be classified" in text
 
 
-@pytest.mark.parametrize("make, word", [
-    (lambda p: p.write_text("hello"), "is damaged, or no checkpoint"), (lambda p: p.write_bytes(p.read_bytes()[:5000]), "is damaged, or no checkpoint"), (lambda p: p.write_bytes(b""), "is damaged, or no checkpoint"),
-    (lambda p: p.write_bytes(pickle.dumps(Bomb())), "is damaged, or no checkpoint"), (lambda p: torch.save(Bomb(), p), "is damaged, or no checkpoint"), (lambda p: p.unlink(), "No such file"),
-    (lambda p: torch.save({"weight": torch.ones(2)}, p), "it lacks format_version"), (lambda p: torch.save([1], p), "is no best_model.pth"),
-    (lambda p: damaged(p, "lacks"), "lacks mel_config"), (lambda p: damaged(p, "newer"), "format version 99"), (lambda p: damaged(p, "NaN"), "NaN or infinite"), (lambda p: damaged(p, "infinite"), "NaN or infinite"),
-    (lambda p: damaged(p, "size"), "contradicts itself"), (lambda p: damaged(p, "bands"), "number of mel bands"), (lambda p: damaged(p, "keys"), "contradicts itself"),
-    (lambda p: damaged(p, "cold"), "temperature is no number over 0"), (lambda p: damaged(p, "narrow"), "max_width is no whole number"), (lambda p: damaged(p, "twins"), "a code and a name for each"),
-    (lambda p: damaged(p, "deviation"), "deviation of the normalization"), (lambda p: damaged(p, "rate"), "sample_rate is none"), (lambda p: damaged(p, "hop"), "contradicts itself"),
-    (lambda p: damaged(p, "heads"), "contradicts itself"), (lambda p: damaged(p, "edges"), "contradicts itself"), (lambda p: damaged(p, "tensor"), "format version"),
-])  # fmt: skip
-def test_strangers_checkpoints(trained, tmp_path, monkeypatch, make, word):
-    path = tmp_path / "model.pth"
-    shutil.copy(trained / "best_model.pth", path)
-    make(path)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:  # in this process, because PyTorch's import takes seconds
-        tester.load_checkpoint(path, torch.device("cpu"))
-    assert word in end.value.code and "model.pth" in end.value.code and not (tmp_path / "exploded").exists()
+AWKWARD = (
+    *("=1+1.wav", "-x.WAV", "+.wav", "@a.wav", "'plain.wav", "new\nline.wav"),
+    *("a\rb.wav", "\tt.wav", 'quo"te.wav', "sub, folder/b c.wav", "=sub/x.wav", "ünï😀.wav"),
+    *("$x$.wav", "\x1b[31mred.wav", os.fsdecode(b"J\xfcrgen.wav"), "n" * 251 + ".wav"),
+    *("a.wav", "a.flac", "a.wav.wav", "a.png/b.wav", "a.wav.png/b.wav"),
+)
 
 
-def test_a_strangers_checkpoint_on_the_command_line(corpus, trained, tmp_path):
-    (tmp_path / "model.pth").write_bytes(pickle.dumps(Bomb()))
-    text = classify(corpus, tmp_path / "model.pth", tmp_path / "out", code=1)
-    assert "is damaged, or no checkpoint" in text and not (ROOT / "exploded").exists() and not (tmp_path / "out").exists()
+@pytest.fixture
+def awkward(corpus, tmp_path):
+    """One clip under names that tables, spreadsheets, terminals and pictures choke on."""
+    folder = tmp_path / "awkward"
+    for name in AWKWARD:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(min(corpus.iterdir()), folder / name)
+    return folder
 
 
-def test_a_gpu_that_cannot_compute_is_a_sentence(monkeypatch):
-    def too_old(device):
-        if device.type == "cuda":
-            raise RuntimeError("CUDA error: no kernel image is available")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tester, "compute_on", too_old)
-    with pytest.raises(SystemExit, match=r"no kernel image is available\): give --cpu"):
-        tester.gpu_or_cpu(cpu=False)
-    assert tester.gpu_or_cpu(cpu=True).type == "cpu"
+def shown_path(name):
+    """A path as the table shows it."""
+    return f"./{name}" if name[0] in "=+-@\t\r" else name
 
 
-def test_wrong_arguments_and_folders(corpus, trained, tmp_path):
-    model = trained / "best_model.pth"
-    assert "--batch_size" in classify(corpus, model, tmp_path / "out", "--batch_size", 0, code=2)
+def test_awkward_names_get_rows_and_pictures(awkward, model, tmp_path):
+    out = tmp_path / "out"
+    text = classify(awkward, model, out, "--visualize", "--workers", 1)
+    rows = by_file(out)
+    assert rows.keys() == set(map(shown_path, AWKWARD))
+    assert not any(row["error"] for row in rows.values())
+    answers = np.array([probabilities(row) for row in rows.values()])
+    assert np.ptp(answers, axis=0).max() < 1e-5
+    assert "\x1b" not in text and "a\rb" not in text
+    pictures = [path for path in (out / "mel_spectrograms").rglob("*") if path.is_file()]
+    assert len(pictures) == len(AWKWARD)
+    for name in ("a.wav.png", "a.flac.png", "a.wav.wav.png", "sub, folder/b c.wav.png"):
+        assert (out / "mel_spectrograms" / name).is_file()
+
+
+def test_control_characters_are_printed_escaped(corpus, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(min(corpus.iterdir()), tmp_path / "in/\x1b[31mred\x07.wav")
+    text = classify(tmp_path / "in", model, tmp_path / "out")
+    assert "\x1b" not in text and "\x07" not in text
+    assert "\\x1b[31mred\\x07.wav" in text
+
+
+def test_awkward_names_are_read_back_by_resume(awkward, model, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    classify(awkward, model, out, "--cpu")
+    whole = (out / TABLE).read_bytes()
+    forbid_classifying(monkeypatch)
+    for ending in ("", ".partial"):
+        if ending:
+            interrupt(out)
+        classify(awkward, model, out, "--cpu", "--resume")
+        assert (out / TABLE).read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["'=1.wav", "''=1.wav", "'+a.wav", "'=sub/a.wav"])
+def test_a_name_that_begins_with_an_apostrophe_is_read_back(
+    corpus, model, tmp_path, monkeypatch, name
+):
+    (tmp_path / "in" / name).parent.mkdir(parents=True)
+    shutil.copy(min(corpus.iterdir()), tmp_path / "in" / name)
+    classify(tmp_path / "in", model, tmp_path / "out")
+    assert [row["file"] for row in tester.read_csv(tmp_path / "out" / TABLE)] == [name]
+    forbid_classifying(monkeypatch)
+    classify(tmp_path / "in", model, tmp_path / "out", "--resume")
+
+
+def test_a_table_is_as_spreadsheets_may_open_it(awkward, model, tmp_path):
+    classify(awkward, model, tmp_path, *HALF_SECONDS)
+    for name in (TABLE, "segments.csv", "summary.csv"):
+        data = (tmp_path / name).read_bytes()
+        assert not data.startswith(b"\xef\xbb\xbf") and b"\r\n" not in data
+        with (tmp_path / name).open(newline="", errors="surrogateescape") as file:
+            cells = [cell for row in csv.reader(file) for cell in row]
+        assert cells and not [cell for cell in cells if re.match(r"[=+\-@\t\r]", cell)]
+
+
+def test_classes_that_a_spreadsheet_would_run_are_made_harmless(few, model, tmp_path):
+    """A stranger's model names its classes; their probabilities are there all the same."""
+    checkpoint = torch.load(model, weights_only=True)
+    names = ["=1+1", "+A1", "@SUM(A1)", "-cmd", "Neutral", "Sad"]
+    classes = [{"code": name, "name": name} for name in names]
+    torch.save(checkpoint | {"classes": classes}, tmp_path / "other.pth")
+    classify(few, tmp_path / "other.pth", tmp_path / "out", *HALF_SECONDS)
+    for name in (TABLE, "segments.csv", "summary.csv"):
+        with (tmp_path / "out" / name).open(newline="") as file:
+            header, *rows = csv.reader(file)
+        assert not [c for row in [header, *rows] for c in row if re.match(r"[=+\-@\t\r]", c)]
+        if name != "summary.csv":
+            first = header.index("confidence") + (name == TABLE or 1)
+            for row in rows:
+                assert sum(map(float, row[first : first + 6])) == pytest.approx(1, abs=1e-4)
+
+
+def file_names():
+    """What a file may be called, as Python tells it: any bytes but NUL and the slash."""
+    special = st.text("=+-@'\t\r\n./ \",0a", max_size=6).map(str.encode)
+    raw = (
+        st.binary(max_size=12)
+        | special
+        | st.text(max_size=6).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    )
+    return raw.map(lambda b: os.fsdecode(b.replace(b"\0", b"")))
+
+
+NUMBERS = ("-0.5", "+1", "-inf", "-1e-5", "0.5", "-7")
+
+
+@settings(deadline=None, max_examples=300)
+@given(rows=st.lists(st.tuples(file_names(), file_names() | st.sampled_from(NUMBERS)), max_size=5))
+def test_read_csv_undoes_what_write_csv_did(tmp_path_factory, rows):
+    path = tmp_path_factory.getbasetemp() / "property.csv"
+    # No path below a folder begins with "./".
+    rows = [{"file": re.sub(r"^(\./+)+", "", f) or "x", "error": e} for f, e in rows]
+    tester.write_csv(path, ["file", "error"], rows)
+    assert tester.read_csv(path) == rows
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        for cell in [cell for row in csv.reader(file) for cell in row]:
+            if cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+                float(cell)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_stay_as_they_are_in_a_table(number):
+    assert tester.csv_lines(["score"], [{"score": number}]) == f"{number}\n".encode()
+
+
+def audio_paths():
+    """Paths of sound files below a folder, many of them alike."""
+    part = st.sampled_from(("a", "a.wav", "a.png", "a.wav.png", "a.png_", "ü" * 120, "n" * 240))
+    names = st.builds(lambda stem, ending: stem + ending, part, st.sampled_from((".wav", ".flac")))
+    return st.builds(lambda folders, name: "/".join([*folders, name]), st.lists(part), names)
+
+
+@given(paths=st.sets(audio_paths(), max_size=6))
+def test_no_two_files_share_a_picture(paths):
+    pictures = {path: tester.picture_path(path) for path in paths}
+    assert len(set(pictures.values())) == len(paths)
+    folders = {str(p) for name in pictures.values() for p in Path(name).parents}
+    assert not folders & set(pictures.values()), "a picture is in a folder's way"
+    for name in pictures.values():
+        assert all(len(os.fsencode(part)) <= 255 for part in name.split("/"))
+
+
+def test_names_of_255_bytes_that_begin_alike_have_pictures_of_their_own():
+    names = ["n" * 250 + f"{i}.wav" for i in range(3)]
+    names += ["n" * (251 - i) + ".wav" for i in range(6)]
+    assert len({tester.picture_path(name) for name in names}) == len(set(names))
+    assert all(len(tester.picture_path(name).split("/")[-1]) <= 255 for name in names)
+
+
+def test_one_file_as_input(corpus, model, tmp_path):
+    source = min(corpus.iterdir())
+    text = classify(source, model, tmp_path)
+    assert [row["file"] for row in results(tmp_path)] == [source.name]
+    assert source.name in text
+
+
+def test_a_pipe_as_input_is_refused_at_once(model, tmp_path):
+    os.mkfifo(tmp_path / "sound.wav")
+    out = tmp_path / "out"
+    with at_most(60):
+        assert "regular file" in classify(tmp_path / "sound.wav", model, out, code=1)
+
+
+@pytest.mark.parametrize("name", [TABLE, PARTIAL, "run.json", "run.json.partial"])
+def test_pipes_among_the_results_are_refused_at_once(corpus, model, tmp_path, name):
+    out = tmp_path / "out"
+    classify(min(corpus.iterdir()), model, out)
+    if name.endswith(".partial"):
+        interrupt(out)
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    with at_most(20):
+        assert name in classify(min(corpus.iterdir()), model, out, "--resume", code=1)
+
+
+# --------------------------------------------------------------------------------------
+# Arguments and folders
+
+
+WRONG = {
+    "batch_size": ("--batch_size", 0),
+    "workers": ("--workers", -1),
+    "max_width": ("--max_width", 0),
+    "min_confidence": ("--min_confidence", 1.5),
+    "step": ("--segments", "--step", 4),
+    "window": ("--window", 5),
+    "window ": ("--segments", "--window", "nan"),
+    "I/N": ("--shard", "3/3"),
+    "I/N ": ("--shard", "x"),
+    "merge": ("--merge",),
+}
+
+
+@pytest.mark.parametrize("word", WRONG)
+def test_wrong_arguments_exit_with_2(few, model, tmp_path, word):
+    assert word.strip() in classify(few, model, tmp_path / "out", *WRONG[word], code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_arguments_on_the_command_line(tmp_path):
+    assert "--model_path" in run(ROOT / "custom2_tester.py", "--input_dir", tmp_path, code=2)
+
+
+def test_folders_that_cannot_be_used_are_told(corpus, model, tmp_path):
     assert "does not exist" in classify(tmp_path / "absent", model, tmp_path / "out", code=1)
     (tmp_path / "empty").mkdir()
-    assert "holds no .wav or .flac" in classify(tmp_path / "empty", model, tmp_path / "out", code=1)
-    bad_files(tmp_path / "empty")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/summary.csv").write_text("of an earlier run")
-    assert "No file could be classified" in classify(tmp_path / "empty", model, tmp_path / "out", code=1)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["classification_results.csv", "run.json"]
+    assert "no sound file" in classify(tmp_path / "empty", model, tmp_path / "out", code=1)
     (tmp_path / "file").write_text("x")
-    assert str(tmp_path / "file") in classify(corpus, model, tmp_path / "file/out", code=1)
+    assert "no sound file" in classify(tmp_path / "file", model, tmp_path / "out", code=1)
+    source = min(corpus.iterdir())
+    assert str(tmp_path / "file") in classify(source, model, tmp_path / "file/out", code=1)
+    long_window = ("--segments", "--window", 10, "--step", 5)
+    text = classify(source, model, tmp_path / "out", *long_window, code=1)
+    assert "longer than --max_width" in text
+
+
+@pytest.mark.parametrize("name", ["best_model.pth", "last_checkpoint.pth"])
+def test_an_output_dir_that_holds_a_training_is_refused(few, model, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    shutil.copy(model, tmp_path / "out" / name)
+    for options in ((), ("--resume",), ("--shard", "0/2")):
+        text = classify(few, model, tmp_path / "out", *options, code=1)
+        assert "holds a training" in text and str(tmp_path / "out") in text
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_a_table_of_another_program_is_no_traceback(few, model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / TABLE).write_text("name;answer\nx;1\ny;2\n")
+    assert "--resume" in classify(few, model, out, "--resume", code=1)
+    assert (out / TABLE).read_text() == "name;answer\nx;1\ny;2\n"
+    classify(few, model, out)
+    assert len(results(out)) == 6
+
+
+def test_a_second_run_replaces_what_the_last_one_wrote(few, model, tmp_path):
+    """Pictures of files that are gone go, too; what is not the tester's stays."""
+    out = tmp_path / "out"
+    classify(few, model, out, *HALF_SECONDS)
+    gone, stays = sorted(few.iterdir())[:2]
+    for path in (gone, stays):
+        picture = out / tester.picture_path(path.name)
+        picture.parent.mkdir(exist_ok=True)
+        picture.write_bytes(b"\x89PNG")
+    (out / "mel_spectrograms/mine.png").write_bytes(b"mine")
+    (out / "notes.txt").write_text("mine")
+    gone.unlink()
+    classify(few, model, out, "--resume", *HALF_SECONDS)
+    assert not (out / tester.picture_path(gone.name)).exists()
+    assert (out / tester.picture_path(stays.name)).exists(), "its row was taken up"
+    assert (out / "segments.csv").exists()
+    classify(few, model, out)
+    assert not (out / "segments.csv").exists()
+    assert (out / "notes.txt").exists() and (out / "mel_spectrograms/mine.png").exists()
+
+
+def test_a_picture_of_an_earlier_answer_does_not_stand_beside_a_new_one(few, model, tmp_path):
+    out = tmp_path / "out"
+    classify(few, model, out)
+    picture = out / tester.picture_path(min(few.iterdir()).name)
+    picture.parent.mkdir()
+    picture.write_bytes(b"\x89PNG")
+    min(few.iterdir()).write_bytes(b"RIFF")
+    classify(few, model, out)
+    assert not picture.exists(), "of a file that failed this time"
+
+
+def test_one_run_writes_in_a_folder_at_a_time(few, model, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "out").mkdir()
+    descriptor = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        assert "in use" in classify(few, model, tmp_path / "out", code=1)
+    finally:
+        os.close(descriptor)
+    classify(few, model, tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------
+# Resuming, shards
+
+
+def forbid_classifying(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("classified again")
+
+    monkeypatch.setattr(tester, "predict_logits", refuse)
+
+
+def interrupt(folder, n_rows=None, torn=0):
+    """Makes a finished folder one of a run that was killed after n_rows and `torn` bytes."""
+    data = (folder / TABLE).read_bytes()
+    if n_rows is not None:
+        lines = data.splitlines(keepends=True)
+        data = b"".join(lines[: 1 + n_rows]) + lines[1 + n_rows][:torn]
+    (folder / PARTIAL).write_bytes(data)
+    (folder / TABLE).unlink()
+    (folder / "run.json").rename(folder / "run.json.partial")
+
+
+def mark(table, n_rows=1):
+    """Changes the confidence of the first rows, to see whether they are kept; returns files."""
+    lines = table.read_text().splitlines(keepends=True)
+    for i in range(1, 1 + n_rows):
+        lines[i] = lines[i].replace(lines[i].split(",")[3], "0.123456", 1)
+    table.write_text("".join(lines))
+    return {line.split(",")[0] for line in lines[1 : 1 + n_rows]}
+
+
+def marked(folder):
+    return {row["file"] for row in results(folder) if row["confidence"] == "0.123456"}
+
+
+def test_runs_repeat_byte_for_byte(few, model, tmp_path):
+    for name in ("one", "two"):
+        classify(few, model, tmp_path / name, "--cpu")
+    one, two = (files_below(tmp_path / name) for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize("torn", [0, 3, 40])
+def test_resume_takes_up_an_interrupted_run(few, model, tmp_path, torn):
+    out = tmp_path / "out"
+    classify(few, model, out, "--cpu")
+    whole = by_file(out)
+    kept = mark(out / TABLE, 3)
+    interrupt(out, n_rows=3, torn=torn)
+    classify(few, model, out, "--cpu", "--resume")
+    found = by_file(out)
+    assert marked(out) == kept and list(found) == list(whole)
+    for name in found.keys() - kept:
+        assert probabilities(found[name]) == pytest.approx(probabilities(whole[name]), abs=1e-5)
+    assert not list(out.glob("*.partial"))
+
+
+def test_a_table_is_read_up_to_a_power_cuts_mark(few, model, tmp_path):
+    out = tmp_path / "out"
+    classify(few, model, out, "--cpu")
+    kept = mark(out / TABLE, 2)
+    interrupt(out, n_rows=2, torn=30)
+    with (out / PARTIAL).open("ab") as file:
+        file.write(bytes(4096))
+    classify(few, model, out, "--cpu", "--resume")
+    assert marked(out) == kept and len(results(out)) == 6
+
+
+def test_resume_of_a_finished_table_does_what_is_missing(few, corpus, model, tmp_path):
+    out = tmp_path / "out"
+    (few / "mended_x_SAD.wav").write_bytes(b"RIFF")
+    classify(few, model, out)
+    kept = mark(out / TABLE, 2)
+    text = (out / TABLE).read_text().replace(",Angry,\n", ",Happy,\n")  # true_class
+    (out / TABLE).write_text(text)
+    shutil.copy(min(corpus.iterdir()), few / "mended_x_SAD.wav")
+    shutil.copy(min(corpus.iterdir()), few / "new_x_FEA.wav")
+    gone = max(path for path in few.iterdir() if path.name.startswith("1"))
+    gone.unlink()
+    classify(few, model, out, "--resume", "--strict")
+    rows = by_file(out)
+    assert marked(out) == kept
+    assert rows.keys() == {path.name for path in few.iterdir()}
+    for name, row in rows.items():
+        assert row["predicted_class"]
+        assert row["true_class"][:3].upper() == name.removesuffix(".wav").split("_")[2]
+
+
+def test_labels_are_filled_afresh_by_resume(few, model, tmp_path, monkeypatch):
+    classify(few, model, tmp_path / "out")
+    assert all(row["true_class"] for row in results(tmp_path / "out"))
+    for i in range(7):
+        shutil.copy(min(few.iterdir()), few / f"z{i}.wav")
+    classify(few, model, tmp_path / "out", "--resume")
+    assert {row["true_class"] for row in results(tmp_path / "out")} == {""}, "fewer than half"
+
+
+def test_resume_with_another_model_or_option_is_refused(few, model, tmp_path):
+    out = tmp_path / "out"
+    other = tmp_path / "other.pth"
+    torch.save(torch.load(model, weights_only=True) | {"epoch": 99}, other)
+    classify(few, model, out)
+    for is_whole in (True, False):
+        before = files_below(out)
+        text = classify(few, model, out, "--resume", "--max_width", 50, code=1)
+        assert re.search("max_width.*191.*50", text)
+        text = classify(few, model, out, "--resume", "--min_confidence", 0.5, code=1)
+        assert re.search("min_confidence.*None.*0.5", text)
+        text = classify(few, model, out, "--resume", "--segments", code=1)
+        assert re.search("segments.*False.*True", text)
+        assert re.search(r"\(model", classify(few, other, out, "--resume", code=1))
+        assert files_below(out) == before
+        if is_whole:
+            interrupt(out)
+
+
+def test_an_interrupted_run_goes_on_beside_a_finished_table_of_other_options(few, model, tmp_path):
+    """As its last words promise: the same command with --resume."""
+    out = tmp_path / "out"
+    classify(few, model, out, "--cpu")
+    kept = mark(out / TABLE, 3)
+    interrupt(out, n_rows=3)
+    classify(few, model, tmp_path / "earlier", "--cpu", "--max_width", 20)
+    for name in (TABLE, "run.json"):
+        (tmp_path / "earlier" / name).rename(out / name)
+    classify(few, model, out, "--cpu", "--resume")
+    assert marked(out) == kept and len(results(out)) == 6
+
+
+def full_disk_at(monkeypatch, ending):
+    """write_csv finds the disk full at tables whose path ends like this."""
+    write_csv = tester.write_csv
+
+    def write(path, *arguments):
+        if str(path).endswith(ending):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_csv(path, *arguments)
+
+    monkeypatch.setattr(tester, "write_csv", write)
+
+
+@pytest.mark.parametrize("ending", ["summary.csv", f"/{TABLE}", "segments.csv"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["first run", "second run"])
+def test_a_failure_after_classifying_loses_no_row(few, model, tmp_path, ending, is_first):
+    out = tmp_path / "out"
+    options = ("--cpu", *HALF_SECONDS)
+    if not is_first:
+        classify(few, model, out, *options)
+    with pytest.MonkeyPatch.context() as patch:
+        full_disk_at(patch, ending)
+        text = classify(few, model, out, *options, code=1)
+    assert ending.strip("/") in text and "--resume" in text
+    with pytest.MonkeyPatch.context() as patch:
+        forbid_classifying(patch)
+        classify(few, model, out, *options, "--resume")
+    assert len(results(out)) == 6 and (out / "summary.csv").exists()
+
+
+def test_resuming_never_leaves_fewer_rows(few, model, tmp_path):
+    """Where the disk is full when a resumed run takes up the rows, they stay."""
+    out = tmp_path / "out"
+    classify(few, model, out)
+    interrupt(out, n_rows=4)
+    before = (out / PARTIAL).read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        full_disk_at(patch, PARTIAL)
+        classify(few, model, out, "--resume", code=1)
+    assert (out / PARTIAL).read_bytes() == before
+
+
+def test_resume_draws_the_pictures_that_are_missing(few, model, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    classify(few, model, out)
+    first, *others = sorted(path.name for path in few.iterdir())
+    picture = out / tester.picture_path(first)
+    picture.parent.mkdir()
+    picture.write_bytes(b"drawn")
+    kept = mark(out / TABLE, 2)
+    classify(few, model, out, "--resume", "--visualize", "--workers", 1)
+    assert picture.read_bytes() == b"drawn" and marked(out) == kept - set(others)
+    assert all((out / tester.picture_path(name)).exists() for name in others)
+
+
+def test_ctrl_c_keeps_the_rows_and_resume_goes_on(corpus, model, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for path in corpus.iterdir():
+        for i in range(25):
+            (folder / f"{i}{path.name}").symlink_to(path)
+    options = ("--batch_size", 4, "--workers", 1, "--cpu")
+    paths = ("--input_dir", folder, "--model_path", model, "--output_dir", out)
+    process = start(ROOT / "custom2_tester.py", *paths, *options)
+    partial = out / PARTIAL
+    wait_until(lambda: partial.exists() and partial.read_bytes().count(b"\n") > 20)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, text
+    assert "--resume" in text and "Traceback" not in text
+    kept = mark(partial, 10)
+    classify(folder, model, out, "--batch_size", 64, "--cpu", "--resume")
+    assert marked(out) == kept and len(results(out)) == 48 * 25
+
+
+def assert_alike(one, two):
+    """Two tables within rounding: two batchings may round a last digit differently."""
+    one, two = read_table(one), read_table(two)
+    assert len(one) == len(two)
+    for left, right in zip(one, two, strict=True):
+        for name in left:
+            try:
+                assert float(left[name]) == pytest.approx(float(right[name]), abs=1e-5)
+            except ValueError:
+                assert left[name] == right[name]
+
+
+def test_shards_joined_are_one_run(corpus, model, tmp_path, monkeypatch):
+    options = (*HALF_SECONDS, "--cpu", "--batch_size", 4)
+    out = tmp_path / "three"
+    classify(corpus, model, tmp_path / "one", *options)
+    for i in range(3):
+        text = classify(corpus, model, out, *options, "--shard", f"{i}/3")
+        assert f"shard_{i}_of_3" in text
+    assert sorted(path.name for path in out.iterdir()) == [f"shard_{i}_of_3" for i in range(3)]
+    sizes = [len(results(out / f"shard_{i}_of_3")) for i in range(3)]
+    assert sum(sizes) == 48 and min(sizes) > 5
+    (out / "shard_of_mine").mkdir()
+    (out / "shard_1_of_3/mine.txt").write_text("mine")
+    forbid_classifying(monkeypatch)
+    classify(corpus, model, out, *options, "--resume")
+    for name in (TABLE, "segments.csv", "summary.csv"):
+        assert_alike(out / name, tmp_path / "one" / name)
+    left = sorted(str(path.relative_to(out)) for path in out.glob("shard*/**/*"))
+    assert left == ["shard_1_of_3/mine.txt"] and (out / "shard_of_mine").exists()
+
+
+def test_shards_are_joined_with_what_is_missing(corpus, model, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(corpus, tmp_path / "in")
+    for i in (0, 2):
+        classify(tmp_path / "in", model, out, "--shard", f"{i}/3", "--cpu")
+    kept = mark(out / "shard_0_of_3" / TABLE, 2)
+    interrupt(out / "shard_2_of_3", n_rows=4, torn=20)
+    kept |= mark(out / "shard_2_of_3" / PARTIAL, 3)
+    shutil.copy(min(corpus.iterdir()), tmp_path / "in/new_x_ANG.wav")
+    classify(tmp_path / "in", model, out, "--resume", "--cpu")
+    assert marked(out) == kept and len(results(out)) == 49
+
+
+def test_a_run_without_resume_leaves_shards_and_says_so(few, model, tmp_path):
+    out = tmp_path / "out"
+    for i in range(2):
+        classify(few, model, out, "--shard", f"{i}/2")
+    shards = {name: data for name, data in files_below(out).items() if "shard" in name}
+    text = classify(few, model, out)
+    assert "2 shards" in text and "--resume" in text
+    assert shards.items() <= files_below(out).items()
+    assert "2 shards" not in classify(few, model, out, "--resume")
+    assert not list(out.glob("shard*"))
+
+
+def test_a_shard_of_other_options_or_at_work_is_not_joined(few, model, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    classify(few, model, out, "--shard", "0/2")
+    before = files_below(out)
+    text = classify(few, model, out, "--resume", "--max_width", 50, code=1)
+    assert re.search("max_width.*191.*50", text) and "shard_0_of_2" in text
+    descriptor = os.open(out / "shard_0_of_2", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        assert "in use" in classify(few, model, out, "--resume", code=1)
+    finally:
+        os.close(descriptor)
+    assert before.items() <= files_below(out).items()
+    classify(few, model, out, "--resume")
+
+
+# --------------------------------------------------------------------------------------
+# Segments
 
 
 @pytest.fixture(scope="module")
 def speech(corpus, tmp_path_factory):
-    """A folder with one long recording (synthetic clips end to end, silence within), one short clip, one broken file."""
+    """One long recording (clips end to end, silence within), a short clip, a broken file."""
     folder = tmp_path_factory.mktemp("speech")
     clips = [soundfile.read(path)[0] for path in sorted(corpus.iterdir())[:14]]
-    soundfile.write(folder / "long.wav", np.concatenate([*clips[:7], np.zeros(80000), *clips[7:]]), 16000)
-    shutil.copy(sorted(corpus.iterdir())[0], folder / "short.wav")
+    samples = np.concatenate([*clips[:7], np.zeros(80_000), *clips[7:]])
+    soundfile.write(folder / "long.wav", samples, RATE)
+    shutil.copy(min(corpus.iterdir()), folder / "short.wav")
     (folder / "broken.wav").write_bytes(b"RIFF")
     return folder
 
 
-def test_segments_are_the_windows_classified_alone(speech, trained, tmp_path):
-    model = trained / "best_model.pth"
-    classify(speech, model, tmp_path / "out", "--segments", "--visualize", "--cpu")
+def test_segments_are_the_windows_classified_alone(speech, model, tmp_path):
+    options = ("--segments", "--visualize", "--cpu", "--workers", 1)
+    classify(speech, model, tmp_path / "out", *options)
     segments = pd.read_csv(tmp_path / "out/segments.csv")
-    rows = {row["file"]: row for row in results(tmp_path / "out")}
+    rows = by_file(tmp_path / "out")
     seconds = soundfile.info(speech / "long.wav").duration
     long = segments[segments.file == "long.wav"]
-    assert long.start_s.tolist() == pytest.approx([*np.arange(0, seconds - 3, 1.5), seconds - 3], abs=2e-3)
+    starts = [*np.arange(0, seconds - 3, 1.5), seconds - 3]
+    assert long.start_s.tolist() == pytest.approx(starts, abs=2e-3)
     assert (long.end_s - long.start_s).tolist() == pytest.approx([3.0] * len(long), abs=2e-3)
-    silent = long.predicted_class.isna()
+    silent = long.predicted_class.isna().to_numpy()
     assert 1 <= silent.sum() < 4 and (segments.file == "short.wav").sum() == 1
-    assert [float(rows["long.wav"][name]) for name in NAMES] == pytest.approx(long[NAMES].mean().tolist(), abs=1e-5)
-    assert float(rows["long.wav"]["duration_s"]) == pytest.approx(seconds, abs=1e-3) and float(rows["long.wav"]["unheard_s"]) == 0
+    mean = long[NAMES].mean().tolist()
+    assert probabilities(rows["long.wav"]) == pytest.approx(mean, abs=1e-5)
+    assert float(rows["long.wav"]["duration_s"]) == pytest.approx(seconds, abs=1e-3)
+    assert float(rows["long.wav"]["ignored_s"]) == 0
     assert "unreadable" in rows["broken.wav"]["error"]
-    samples, windows = soundfile.read(speech / "long.wav")[0], tmp_path / "windows"
-    windows.mkdir()
-    for i, start in zip(np.flatnonzero(~silent), long.start_s[~silent], strict=True):
-        soundfile.write(windows / f"{i:03}.wav", samples[round(start * 16000) : round(start * 16000) + 48000], 16000)
-    classify(windows, model, tmp_path / "alone", "--cpu")
-    alone = np.array([[float(row[name]) for name in NAMES] for row in results(tmp_path / "alone")])
+    (tmp_path / "windows").mkdir()
+    samples = soundfile.read(speech / "long.wav")[0]
+    for i, start_s in zip(np.flatnonzero(~silent), long.start_s[~silent], strict=True):
+        first = round(start_s * RATE)
+        window = samples[first : first + 3 * RATE]
+        soundfile.write(tmp_path / f"windows/{i:03}.wav", window, RATE)
+    classify(tmp_path / "windows", model, tmp_path / "alone", "--cpu")
+    alone = np.array([probabilities(row) for row in results(tmp_path / "alone")])
     assert np.abs(alone - long[NAMES][~silent].to_numpy()).max() < 1e-3
-    assert {path.name for path in (tmp_path / "out/mel_spectrograms").iterdir()} == {"long.png", "short.png"}
+    pictures = {path.name for path in (tmp_path / "out/mel_spectrograms").iterdir()}
+    assert pictures == {"long.wav.png", "short.wav.png"}
 
 
-def test_unheard_seconds_and_uncertain_rows(speech, trained, tmp_path):
-    text = classify(speech, trained / "best_model.pth", tmp_path, "--min_confidence", 0.99)
-    rows = {row["file"]: row for row in results(tmp_path)}
-    seconds = soundfile.info(speech / "long.wav").duration
-    assert float(rows["long.wav"]["unheard_s"]) == pytest.approx(seconds - 191 * 512 / 16000, abs=1e-3)
-    assert rows["short.wav"]["unheard_s"] == "0.000" and rows["broken.wav"]["unheard_s"] == "" == rows["broken.wav"]["uncertain"]
-    assert rows["long.wav"]["uncertain"] == "yes" and "2 files are uncertain" in text and "s are unheard" in text
-    between = np.mean([float(rows[name]["confidence"]) for name in ("long.wav", "short.wav")])
-    assert "1 files are uncertain" in classify(speech, trained / "best_model.pth", tmp_path, "--min_confidence", between)
-    assert all((row["uncertain"] == "yes") == (float(row["confidence"]) < between) for row in results(tmp_path) if not row["error"])
-    assert "would go unheard" in classify(speech, trained / "best_model.pth", tmp_path, "--segments", "--step", 4, code=2)
-    assert "are for --segments" in classify(speech, trained / "best_model.pth", tmp_path, "--window", 5, code=2)
-    assert "1.0 s are unheard" not in text and "longer than --max_width" in classify(speech, trained / "best_model.pth", tmp_path, "--segments", "--window", 10, code=1)
+@pytest.mark.parametrize(
+    "duration, window, step, starts",
+    [
+        (3.0, 0.9, 0.7, [0.0, 0.7, 1.4, 2.1]),
+        (3.0, 3.0, 1.5, [0.0]),
+        (0.2, 3.0, 1.5, [0.0]),
+        (3.1, 3.0, 1.5, [0.0, 0.1]),
+        (6.0, 3.0, 1.5, [0.0, 1.5, 3.0]),
+        (6.0, 3.0, 3.0, [0.0, 3.0]),
+    ],
+)
+def test_no_window_repeats_and_the_last_ends_with_the_recording(duration, window, step, starts):
+    assert tester.window_starts(duration, window, step) == pytest.approx(starts)
 
 
-def test_an_hour_in_windows_takes_no_more_memory(trained, tmp_path):
-    """Peak memory of an hour against five minutes of noise: under 100 MB more, where an hour decoded is 230 MB."""
-    import resource
-    import subprocess
-    import sys
-
-    peaks = []
-    for name, minutes in (("short", 5), ("hour", 60)):
-        (tmp_path / name).mkdir()
-        with soundfile.SoundFile(tmp_path / name / "noise.wav", "w", 16000, 1) as file:
-            for seed in range(minutes):
-                file.write(0.1 * np.random.default_rng(seed).standard_normal(960_000))
-        code = f"import resource, subprocess, sys; subprocess.run([sys.executable, *{['custom2_tester.py', '--input_dir', str(tmp_path / name), '--model_path', str(trained / 'best_model.pth'), '--output_dir', str(tmp_path / ('out' + name)), '--segments', '--cpu', '--workers', '2']}], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.split()[-1]) / 1024)
-        rows = pd.read_csv(tmp_path / f"out{name}" / "segments.csv")
-        assert len(rows) == minutes * 40 - 1
-    assert resource and peaks[1] - peaks[0] < 100, peaks
+@given(duration=st.floats(0.01, 500), window=st.floats(0.1, 10), step=st.floats(0.1, 10))
+def test_windows_leave_no_gap(duration, window, step):
+    step = min(step, window)
+    starts = tester.window_starts(duration, window, step)
+    gaps = np.diff(starts)
+    assert starts[0] == 0 and (gaps > 0).all() and (gaps <= step + 1e-5).all()
+    assert duration <= window or starts[-1] + window == pytest.approx(duration)
 
 
-def test_shards_joined_are_one_run(corpus, trained, tmp_path):
-    model, options = trained / "best_model.pth", ("--segments", "--window", 0.5, "--step", 0.5, "--cpu", "--batch_size", 4)
-    classify(corpus, model, tmp_path / "one", *options)
-    from test_harm import start
-
-    parts = [start(ROOT / "custom2_tester.py", "--input_dir", corpus, "--model_path", model, "--output_dir", tmp_path / "three", *options, "--shard", f"{i}/3") for i in range(3)]
-    assert [part.wait(120) for part in parts] == [0, 0, 0]
-    classify(corpus, model, tmp_path / "three", *options, "--merge")
-    whole, joined = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if not path.name.startswith("run")} for name in ("one", "three"))
-    assert {name: len(data) for name, data in joined.items()} == {name: len(data) for name, data in whole.items()} and joined == whole
-    assert "not one of each" in classify(corpus, model, tmp_path / "three", "--merge", code=1)
-    classify(corpus, model, tmp_path / "three", "--shard", "1/3")
-    assert "run --shard 0/3, --shard 2/3" in classify(corpus, model, tmp_path / "three", "--merge", code=1)
-    for i in range(3):
-        classify(corpus, model, tmp_path / "three", "--shard", f"{i}/3", "--cpu")
-    assert "another model, --input_dir or option" in classify(corpus, model, tmp_path / "three", "--merge", "--max_width", 50, code=1)
-    other = tmp_path / "other.pth"
-    torch.save(torch.load(model, weights_only=True) | {"epoch": 99}, other)
-    assert "another model, --input_dir or option" in classify(corpus, other, tmp_path / "three", "--merge", code=1)
-    again = tmp_path / "three/classification_results.0-of-3.csv.partial"
-    (stray := tmp_path / "three/classification_results.one-of-mine.csv").touch()
-    again.write_bytes(b"")  # a shard that was begun again, of whatever model, and killed
-    assert "run --shard 0/3" in classify(corpus, model, tmp_path / "three", "--merge", code=1)
-    again.unlink()
-    classify(corpus, model, tmp_path / "three", "--merge")  # what was refused is all there
-    assert list((tmp_path / "three").glob("*-of-*.csv*")) == [stray]
-    assert "take I/N" in classify(corpus, model, tmp_path / "three", "--shard", "3/3", code=2)
-
-
-def test_shards_of_a_folder_that_changed_are_not_joined(corpus, trained, tmp_path):
-    shutil.copytree(corpus, tmp_path / "in")
-    model = trained / "best_model.pth"
-    for i in range(2):
-        classify(tmp_path / "in", model, tmp_path / "out", "--shard", f"{i}/2", "--cpu")
-    shutil.copy(sorted(corpus.iterdir())[0], tmp_path / "in/new.wav")
-    assert "new.wav came or went" in classify(tmp_path / "in", model, tmp_path / "out", "--merge", code=1)
-
-
-def test_damage_within_a_recording_is_an_error_with_segments_too(trained, tmp_path):
+def test_damage_within_a_recording_is_an_error_with_segments_too(model, tmp_path):
     samples = 0.1 * np.random.default_rng(0).standard_normal(160_000).astype(np.float32)
-    (tmp_path / "in").mkdir()
-    soundfile.write(tmp_path / "in/cut.flac", samples, 16000)
-    data = (tmp_path / "in/cut.flac").read_bytes()
-    (tmp_path / "in/cut.flac").write_bytes(data[: len(data) // 2])
+    folder = tmp_path / "in"
+    folder.mkdir()
+    soundfile.write(folder / "cut.flac", samples, RATE)
+    data = (folder / "cut.flac").read_bytes()
+    (folder / "cut.flac").write_bytes(data[: len(data) // 2])
     samples[80_000] = np.nan
-    soundfile.write(tmp_path / "in/nan.wav", samples, 16000, subtype="FLOAT")
+    soundfile.write(folder / "nan.wav", samples, RATE, subtype="FLOAT")
     unknown = bytearray(data)
-    unknown[21:26] = bytes([unknown[21] & 0xF0, 0, 0, 0, 0])  # STREAMINFO's 36 bits: how many samples
-    (tmp_path / "in/unknown.flac").write_bytes(unknown)
+    # STREAMINFO's 36 bits that tell how many samples there are
+    unknown[21:26] = bytes([unknown[21] & 0xF0, 0, 0, 0, 0])
+    (folder / "unknown.flac").write_bytes(unknown)
     for options in (("--segments",), ()):
-        classify(tmp_path / "in", trained / "best_model.pth", tmp_path / "out", "--cpu", "--max_width", 400, *options, code=1)
-        errors = [row["error"] for row in results(tmp_path / "out")]
-        assert "unreadable" in errors[0] or "empty" in errors[0], errors
-        assert "not finite" in errors[1] and "does not tell its length" in errors[2]
+        classify(folder, model, tmp_path / "out", "--cpu", "--max_width", 400, *options, code=1)
+        cut, nan, unknown_length = (row["error"] for row in results(tmp_path / "out"))
+        assert "unreadable" in cut or "empty" in cut, cut
+        assert "not finite" in nan and "does not tell its length" in unknown_length
 
 
-def test_windows_never_repeat_one(tmp_path):
-    soundfile.write(tmp_path / "a.wav", np.zeros(48_000), 16000)
-    starts = [start for _, start in tester.cut_windows(["a.wav"], tmp_path, 0.9, 0.7)]
-    assert starts == pytest.approx([0.0, 0.7, 1.4, 2.1])
+PEAK = """
+import resource, subprocess, sys
+subprocess.run([sys.executable, *sys.argv[1:]], check=True, stderr=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 
 
-def test_resuming_never_leaves_fewer_rows(corpus, trained, tmp_path):
-    """A disk that is full when a resumed run takes up the rows: they stay. Names may hold a carriage return."""
-    shutil.copytree(corpus, tmp_path / "in")
-    for name in ("a\rb.wav", "c\nd.wav"):
-        shutil.copy(sorted(corpus.iterdir())[0], tmp_path / "in" / name)
-    (tmp_path / "in/mended.wav").write_bytes(b"RIFF")
-    classify(tmp_path / "in", trained / "best_model.pth", tmp_path / "out", "--cpu")
-    table, partial = tmp_path / "out/classification_results.csv", tmp_path / "out/classification_results.csv.partial"
-    assert {"a\rb.wav", "c\nd.wav"} <= {row["file"] for row in results(tmp_path / "out")}
-    table.rename(partial)
-    rows = partial.read_bytes()
-    (tmp_path / "out/classification_results.csv.partial.tmp").mkdir()  # cannot be opened for writing
-    classify(tmp_path / "in", trained / "best_model.pth", tmp_path / "out", "--cpu", "--resume", code=1)
-    assert partial.read_bytes() == rows
-    (tmp_path / "out/classification_results.csv.partial.tmp").rmdir()
-    classify(tmp_path / "in", trained / "best_model.pth", tmp_path / "out", "--cpu", "--resume")
-    assert table.read_bytes() == rows
-    table.rename(partial)  # pictures that an earlier run did not draw are drawn
-    classify(tmp_path / "in", trained / "best_model.pth", tmp_path / "out", "--cpu", "--resume", "--visualize")
-    assert len(list((tmp_path / "out/mel_spectrograms").iterdir())) == 50
-    table.rename(partial)
-    shutil.copy(sorted(corpus.iterdir())[0], tmp_path / "in/mended.wav")  # a file that failed is tried again
-    classify(tmp_path / "in", trained / "best_model.pth", tmp_path / "out", "--cpu", "--resume", "--strict")
-    assert {row["file"]: row["predicted_class"] for row in results(tmp_path / "out")}["mended.wav"]
+def peak_megabytes(*command):
+    """Peak memory of a Python process, MB."""
+    command = [sys.executable, "-c", PEAK, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def test_a_failure_after_classifying_loses_no_row(corpus, trained, tmp_path):
-    (tmp_path / "summary.csv.tmp").mkdir()
-    text = classify(corpus, trained / "best_model.pth", tmp_path, "--cpu", code=1)
-    assert "summary.csv" in text and "--resume" in text
-    (tmp_path / "summary.csv.tmp").rmdir()
-    text = classify(corpus, trained / "best_model.pth", tmp_path, "--cpu", "--resume")
-    assert "Classifying: 0" in text and len(results(tmp_path)) == 48, "classified again"
+def test_an_hour_in_windows_takes_little_more_memory_than_five_minutes(model, tmp_path):
+    """An hour decoded is 230 MB."""
+    peaks = {}
+    minute = 0.1 * np.random.default_rng(0).standard_normal(60 * RATE)
+    for minutes in (5, 60):
+        folder, out = tmp_path / str(minutes), tmp_path / f"out{minutes}"
+        folder.mkdir()
+        with soundfile.SoundFile(folder / "noise.wav", "w", RATE, 1) as file:
+            for _ in range(minutes):
+                file.write(minute)
+        paths = ("--input_dir", folder, "--model_path", model, "--output_dir", out)
+        options = ("--segments", "--step", 3, "--cpu", "--workers", 2)
+        peaks[minutes] = peak_megabytes("custom2_tester.py", *paths, *options)
+        assert len(read_table(out / "segments.csv")) == minutes * 20
+    assert peaks[60] - peaks[5] < 100, peaks
 
 
-def test_voices_of_the_training_are_told(corpus, unheard, trained, tmp_path):
-    assert "the model was trained on" in classify(corpus, trained / "best_model.pth", tmp_path)
-    assert "the model was trained on" in (tmp_path / "classification_report.txt").read_text()
-    assert "the model was trained on" not in classify(unheard, trained / "best_model.pth", tmp_path)
+@pytest.fixture
+def stand_in_ffmpeg(tmp_path, monkeypatch):
+    """An ffmpeg that copies: what it is given is a WAV. Returns the log of its calls."""
+    log = tmp_path / "calls.txt"
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin/ffmpeg"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'echo "$*" >> "{log}"\n'
+        'while [ "$1" != -i ]; do shift; done\n'
+        "from=$2\n"
+        "for to; do :; done\n"
+        'echo "[info]   Duration: 00:00:12.50, start: 0.0" >&2\n'
+        'cp "$from" "$to"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return log
+
+
+@pytest.fixture
+def phones(speech, tmp_path):
+    """Recordings under names that only ffmpeg reads."""
+    folder = tmp_path / "phones"
+    folder.mkdir()
+    for name in ("a.m4a", "b.MP4"):
+        shutil.copy(speech / "long.wav", folder / name)
+    return folder
+
+
+def test_a_phones_recording_is_decoded_once_a_file_under_segments(
+    phones, speech, model, stand_in_ffmpeg, tmp_path, monkeypatch
+):
+    left = []
+    write_batch = tester.write_batch
+
+    def spy(*arguments):
+        left.append(list((tmp_path / "temporary").rglob("*.wav")))
+        write_batch(*arguments)
+
+    monkeypatch.setattr(tester, "write_batch", spy)
+    classify(phones, model, tmp_path / "out", "--segments", "--cpu")
+    assert len(stand_in_ffmpeg.read_text().splitlines()) == 2
+    assert left[-1] == [], "a file's WAV goes when the file is done"
+    assert not list((tmp_path / "temporary").iterdir())
+    classify(speech, model, tmp_path / "wav", "--segments", "--cpu")
+    expected = by_file(tmp_path / "wav")["long.wav"]
+    for row in results(tmp_path / "out"):
+        assert probabilities(row) == pytest.approx(probabilities(expected), abs=1e-5)
+    n_windows = [row["file"] for row in read_table(tmp_path / "wav/segments.csv")]
+    segments = [row["file"] for row in read_table(tmp_path / "out/segments.csv")]
+    assert segments.count("a.m4a") == segments.count("b.MP4") == n_windows.count("long.wav")
+
+
+def test_a_phones_recording_is_decoded_as_far_as_it_is_heard(
+    phones, model, stand_in_ffmpeg, tmp_path
+):
+    classify(phones, model, tmp_path / "out", "--cpu")
+    calls = stand_in_ffmpeg.read_text().splitlines()
+    assert len(calls) == 2
+    seconds = [float(re.search(r"-t (\S+)", call)[1]) for call in calls]
+    assert max(seconds) < 191 * 512 / RATE + 1
+    assert {row["duration_s"] for row in results(tmp_path / "out")} == {"12.500"}
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_without_ffmpeg_the_row_says_what_to_install(phones, speech, model, tmp_path, monkeypatch):
+    shutil.copy(speech / "short.wav", phones)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for options in ((), ("--segments",)):
+        classify(phones, model, tmp_path / "out", *options)
+        rows = by_file(tmp_path / "out")
+        assert "needs ffmpeg" in rows["a.m4a"]["error"] and "install" in rows["b.MP4"]["error"]
+        assert rows["short.wav"]["predicted_class"]
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+@pytest.mark.parametrize("options", [(), ("--segments",)], ids=["whole", "segments"])
+def test_the_real_ffmpeg_decodes_what_a_phone_leaves(speech, model, tmp_path, options):
+    (tmp_path / "in").mkdir()
+    shutil.copy(speech / "long.wav", tmp_path / "in")
+    command = ["ffmpeg", "-nostdin", "-loglevel", "error", "-i", speech / "long.wav"]
+    made = subprocess.run([*command, "-b:a", "128k", tmp_path / "in/long.m4a"])
+    if made.returncode:
+        pytest.skip("this ffmpeg writes no .m4a")
+    (tmp_path / "in/broken.m4a").write_bytes(b"no sound" * 100)
+    classify(tmp_path / "in", model, tmp_path / "out", "--cpu", *options)
+    rows = by_file(tmp_path / "out")
+    phone, wav = rows["long.m4a"], rows["long.wav"]
+    assert float(phone["duration_s"]) == pytest.approx(float(wav["duration_s"]), abs=0.2)
+    assert probabilities(phone) == pytest.approx(probabilities(wav), abs=0.2)
+    assert "ffmpeg says" in rows["broken.m4a"]["error"]
+
+
+# --------------------------------------------------------------------------------------
+# Links, permissions, state, pictures
+
+
+PLANTED = (TABLE, "segments.csv", "summary.csv", "run.json", "confusion_matrix.png")
+PLANTED += ("confidence_distribution.png", "classification_report.txt", PARTIAL)
+PLANTED += ("run.json.partial", "segments.csv.partial")
+
+
+def test_links_planted_in_the_folder_are_not_followed(few, model, tmp_path):
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("precious")
+    out.mkdir()
+    for name in PLANTED:
+        (out / name).symlink_to(victim)
+    classify(few, model, out, *HALF_SECONDS)
+    assert victim.read_text() == "precious"
+    assert not any(path.is_symlink() for path in out.iterdir())
+    assert len(results(out)) == 6
+
+
+def test_a_link_planted_at_partial_during_the_run_is_not_followed(
+    few, model, tmp_path, monkeypatch
+):
+    victim, partial = tmp_path / "victim", tmp_path / "out" / PARTIAL
+    victim.write_text("precious")
+    predict_logits = tester.predict_logits
+
+    def plant(*arguments):
+        partial.unlink()
+        partial.symlink_to(victim)
+        return predict_logits(*arguments)
+
+    monkeypatch.setattr(tester, "predict_logits", plant)
+    assert PARTIAL in classify(few, model, tmp_path / "out", code=1)
+    assert victim.read_text() == "precious"
+
+
+def test_a_link_at_a_temporary_name_is_not_followed(few, model, tmp_path, monkeypatch):
+    """Were the name guessed all the same, the run would stop."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.guessed.tmp").symlink_to(victim)
+    monkeypatch.setattr(tester.secrets, "token_hex", lambda n: "guessed")
+    classify(few, model, tmp_path / "out", code=1)
+    assert victim.read_text() == "precious"
+
+
+def test_temporary_names_cannot_be_guessed_and_leftovers_go(few, model, tmp_path):
+    names = []
+    for _ in range(2):
+        with tester.atomic_write(tmp_path / "a") as file:
+            names.append(Path(file.name).name)
+    assert names[0] != names[1] and not {"a", "a.tmp"} & set(names)
+    (tmp_path / "out").mkdir()
+    for name in (*names, "my.tmp", ".my.tmp"):
+        (tmp_path / "out" / name).touch()
+    classify(few, model, tmp_path / "out")
+    left = {path.name for path in (tmp_path / "out").glob("*.tmp")}
+    left |= {path.name for path in (tmp_path / "out").glob(".*.tmp")}
+    assert left == {"my.tmp", ".my.tmp"}
+
+
+def test_files_have_the_umasks_permissions(few, model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        classify(few, model, tmp_path / "out")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
+
+
+def test_two_runs_in_one_process_change_neither_arguments_nor_checkpoint(
+    few, model, tmp_path, monkeypatch
+):
+    loaded = []
+    load_model = tester.load_model
+
+    def spy(*arguments):
+        network, checkpoint = load_model(*arguments)
+        loaded.append((checkpoint, copy.deepcopy(checkpoint)))
+        return network, checkpoint
+
+    monkeypatch.setattr(tester, "load_model", spy)
+    paths = ("--input_dir", few, "--model_path", model, "--output_dir", tmp_path / "out")
+    args = tester.parse_args([*map(str, paths), "--cpu", "--segments"])
+    before = copy.deepcopy(vars(args))
+    tables = []
+    for _ in range(2):
+        assert tester.classify_folder(args) == 0
+        assert vars(args) == before
+        tables.append(files_below(tmp_path / "out"))
+    assert tables[0] == tables[1]
+    for checkpoint, as_read in loaded:
+        state, state_as_read = (c.pop("model_state_dict") for c in (checkpoint, as_read))
+        assert checkpoint == as_read and state.keys() == state_as_read.keys()
+        assert all(torch.equal(state[key], state_as_read[key]) for key in state)
+
+
+LOOK = """
+import os, signal, sys
+import matplotlib, pandas
+before = dict(os.environ), matplotlib.get_backend(), pandas.get_option("mode.string_storage")
+before += signal.getsignal(signal.SIGINT), sys.stdout
+import custom2_tester as tester
+after = dict(os.environ), matplotlib.get_backend(), pandas.get_option("mode.string_storage")
+assert before == after + (signal.getsignal(signal.SIGINT), sys.stdout), (before, after)
+assert "librosa" not in sys.modules and "numba" not in sys.modules
+
+def look():
+    assert "librosa" not in sys.modules and "numba" not in sys.modules
+    import librosa, numba
+    return bool(numba.config.DISABLE_JIT)
+
+if __name__ == "__main__":
+    with tester.drawing_pool(1) as pool:
+        print("without compiler:", pool.submit(look).result())
+    assert "NUMBA_DISABLE_JIT" not in os.environ
+"""
+
+
+def test_importing_changes_nothing_and_drawing_needs_no_compiler(tmp_path):
+    """numba's cache fails where no folder can be written, so drawing does without numba."""
+    (tmp_path / "look.py").write_text(LOOK)
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_DISABLE_JIT"}
+    environment["PYTHONPATH"] = str(ROOT)
+    assert "without compiler: True" in run(tmp_path / "look.py", env=environment)
+
+
+DRAW = """
+import sys
+from pathlib import Path
+import numpy as np
+import custom2_tester as tester
+if __name__ == "__main__":
+    window = tester.Window("a.wav", Path("a.wav"), 0.0, 1)
+    shown = tester.WindowPrediction(window, np.zeros((64, 50)), 1.6, "", np.array([0.3, 0.7]))
+    mel_config = {"sample_rate": 16000, "hop_length": 512, "fmin": 0.0, "fmax": 8000.0}
+    arguments = (Path(sys.argv[1]), "a", shown, mel_config, ("Angry", "Sad"))
+    with tester.drawing_pool(1) as pool:
+        pool.submit(tester.draw_clip, *arguments).result()
+"""
+
+
+@pytest.fixture
+def as_nobody():
+    """The beginning of a command that runs as a user who may read, and write nowhere."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    reads = "+dac_read_search"  # where Python lies below /root
+    command = ["setpriv", "--reuid=nobody", "--clear-groups", "--no-new-privs"]
+    for options in ([f"--inh-caps={reads}", f"--ambient-caps={reads}"], []):
+        try:
+            trial = [*command, *options, sys.executable, "-c", "import librosa"]
+            if subprocess.run(trial, capture_output=True, cwd="/").returncode == 0:
+                return [*command, *options, sys.executable]
+        except OSError:
+            break
+    pytest.skip("nobody may read Python's packages here")
+    return []
+
+
+def test_a_picture_is_drawn_where_no_folder_can_be_written(as_nobody, tmp_path):
+    """As in a container under another user: neither HOME nor the packages' folder."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o777)
+        environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "MPLCONFIGDIR": folder}
+        environment |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [*as_nobody, "-c", DRAW, f"{folder}/a.png"]
+        done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert Path(folder, "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_moment_of_sound_in_an_hour_is_in_the_picture(tmp_path):
-    parts = [(0.0, 0.5, None), (3599.5, 0.5, np.zeros((128, 16), np.float32))]
-    config = {"fmin": 0.0, "fmax": 8000.0}
+    config = {"sample_rate": RATE, "hop_length": 512, "fmin": 0.0, "fmax": 8000.0}
+    parts = []
+    for start_s, mel in ((0.0, None), (3599.5, np.zeros((128, 16), np.float32))):
+        window = tester.Window("a.wav", Path("a.wav"), start_s, 2)
+        parts.append(tester.WindowPrediction(window, mel, 3600.0, "", np.full(6, 1 / 6)))
+    image = tester.join_windows(parts, 0.5, 3600.0)
+    assert np.isfinite(image[:, -1]).all() and np.isnan(image[:, :-2]).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tester.draw_timeline(str(tmp_path / "a.png"), "a", parts, np.full((2, 6), 1 / 6), NAMES, config)
+        tester.draw_timeline(tmp_path / "a.png", "a", parts, 0.5, config, tuple(NAMES))
     assert (tmp_path / "a.png").exists()

@@ -1,526 +1,925 @@
-"""cremad_custom2.py: split, sampling, padding, mixed precision, schedule, outputs, bad input."""
+"""cremad_custom2.py: sampling, model, augmentation, training, resuming, reports, bad input."""
 
-import csv
+import contextlib
+import importlib.metadata
+import importlib.util
+import inspect
 import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import types
+import zipfile
+from unittest import mock
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TOY, generate, run, train
+from conftest import ROOT, TOY, call, generate, read_table, run, train
 from editing import edited_trainer
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sklearn.metrics import f1_score, recall_score
+from sklearn.metrics import classification_report, f1_score, recall_score
 from torch import nn
 
 import cremad_custom2 as trainer
 
+CPU = torch.device("cpu")
+NAMES = list(trainer.EMOTIONS.values())
+OUTPUTS = {
+    "best_model.pth",
+    "last_checkpoint.pth",
+    "history.csv",
+    "training_history.png",
+    "confusion_matrix.png",
+    "classification_report.txt",
+    "test_report.png",
+    "metrics.json",
+    "test_predictions.csv",
+    "split.csv",
+    "run.json",
+}
+
+
+def no_pictures(figure, path, dpi=200):
+    """In place of save_figure: a second less in each training."""
+
+
+# One dtype wherever these run: whether bfloat16 is faster depends on what else the machine does.
+PLAIN = TOY | {"AMP": "off"}
+QUICK = PLAIN | {"EPOCHS": 1, "save_figure": no_pictures}
+
 
 @pytest.fixture
 def constants(monkeypatch):
-    return lambda **values: [monkeypatch.setattr(trainer, name, value) for name, value in values.items()]
+    """Sets the trainer's constants, or replaces its functions, for one test."""
+
+    def set_constants(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(trainer, name, value)
+
+    return set_constants
+
+
+def seeded(seed):
+    """A generator of its own for a test's random numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
+def read_history(folder):
+    """history.csv but for the times."""
+    rows = read_table(folder / "history.csv")
+    timed = ("seconds", "train_clips_per_s")
+    return [{name: cell for name, cell in row.items() if name not in timed} for row in rows]
+
+
+def load(path):
+    """A checkpoint's dict."""
+    return torch.load(path, weights_only=True)
+
+
+def leaves(value, place=""):
+    """Everything in a checkpoint but times and paths: place and value."""
+    if isinstance(value, dict | list | tuple):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in pairs:
+            if key not in ("seconds", "train_clips_per_s", "OUTPUT_DIR", "EPOCHS", "RESUME"):
+                yield from leaves(part, f"{place}/{key}")
+    else:
+        yield place, value
+
+
+def differences(ours, theirs):
+    """Where two checkpoints differ, to the bit."""
+    ours, theirs = dict(leaves(ours)), dict(leaves(theirs))
+    found = list(ours.keys() ^ theirs.keys())
+    for place in ours.keys() & theirs.keys():
+        one, other = ours[place], theirs[place]
+        is_equal = torch.equal(one, other) if torch.is_tensor(one) else one == other
+        if not is_equal:
+            found.append(place)
+    return found
+
+
+# --------------------------------------------------------------------------------------
+# Sampling
+
+
+def stand_in(length, label, **more):
+    """Spectrograms without files: what drawing needs of them."""
+    data = trainer.Spectrograms.__new__(trainer.Spectrograms)
+    data.length = length
+    data.label = label
+    data.indices = {"train": torch.arange(len(label))}
+    for name, value in more.items():
+        setattr(data, name, value)
+    return data
+
+
+def test_sampling_draws_every_emotion_as_often(constants):
+    n_clips = torch.tensor([1000, 500, 250, 100, 50, 2100])
+    label = torch.repeat_interleave(torch.arange(6), n_clips)
+    data = stand_in(torch.randint(10, 100, (4000,), generator=seeded(0)), label)
+    constants(BATCH_SIZE=50, WEIGHTED_SAMPLING=True)
+    batches, _ = trainer.draw_epoch(data, seeded(1))
+    assert (label[batches.flatten()].bincount() / 4000 - 1 / 6).abs().max() < 0.03
+    constants(WEIGHTED_SAMPLING=False)
+    batches, _ = trainer.draw_epoch(data, seeded(1))
+    assert torch.equal(batches.flatten().sort().values, torch.arange(4000)), "each clip once"
+
+
+def test_an_absent_emotion_is_not_drawn(constants):
+    constants(BATCH_SIZE=10, WEIGHTED_SAMPLING=True)
+    data = stand_in(torch.full((600,), 50), torch.arange(600) % 5)
+    batches, _ = trainer.draw_epoch(data, seeded(1))
+    shares = data.label[batches.flatten()].bincount(minlength=6) / 600
+    assert shares[5] == 0
+    assert (shares[:5] - 0.2).abs().max() < 0.06
+
+
+def test_batches_hold_clips_of_like_length(constants):
+    """Of like length at the speeds drawn for them; but not the short ones first."""
+    constants(BATCH_SIZE=10, SPEED_PERTURB=0.4)
+    data = stand_in(torch.randint(10, 190, (600,), generator=seeded(0)), torch.arange(600) % 6)
+    clip, rate = trainer.draw_epoch(data, seeded(1))
+    assert clip.shape == rate.shape == (60, 10)
+    assert 0.67 < rate.min() < 0.69
+    assert 1.45 < rate.max() < 1.5
+    length = data.length[clip] / rate
+    assert (length.amax(1) - length.amin(1)).mean() < 10
+    assert (length.mean(1).diff() < 0).any()
+
+
+def test_an_epochs_draw_depends_on_its_seed_alone(constants):
+    constants(BATCH_SIZE=10)
+    data = stand_in(torch.randint(10, 190, (600,), generator=seeded(0)), torch.arange(600) % 6)
+    one, _ = trainer.draw_epoch(data, seeded(1))
+    torch.manual_seed(5)
+    again, _ = trainer.draw_epoch(data, seeded(1))
+    other, _ = trainer.draw_epoch(data, seeded(2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+# --------------------------------------------------------------------------------------
+# Augmentation
+
+
+def test_clips_are_whole_and_at_another_speed(constants):
+    constants(MAX_WIDTH=90)
+    data = stand_in(
+        torch.tensor([100, 80]),
+        torch.tensor([0, 1]),
+        frames=torch.arange(1.0, 181.0)[:, None].expand(180, 3),
+        start=torch.tensor([0, 100]),
+    )
+    random = seeded(0)
+    seen = set()
+    for _ in range(50):
+        rate = 0.82 + 0.4 * torch.rand(3, generator=random)
+        x, lengths, label = data.batch(torch.tensor([1, 0, 1]), rate, CPU)
+        assert x.shape[1] % 8 == 0
+        assert lengths.max() <= 90
+        assert label.tolist() == [1, 0, 1]
+        seen |= set(lengths[[0, 2]].tolist())
+        for clip, n in zip(x[[0, 2], :, 0], lengths[[0, 2]], strict=True):
+            assert (clip[n:] == 0).all()
+            assert clip[0] == 101
+            assert (clip[:n].diff() >= 0).all()
+            assert n == 90 or 178 <= clip[n - 1] <= 180
+    assert min(seen) < 70
+    assert max(seen) == 90
+    assert len(seen) > 10
+
+
+def test_bands_move_together_and_at_most_so_far(constants):
+    constants(MEL_SHIFT=3)
+    torch.manual_seed(0)
+    x = torch.arange(32.0).expand(40, 9, 32)
+    moved = (trainer.shift_bands(x) - x)[:, :, 3:-3]
+    assert set(moved.unique().tolist()) == {-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0}
+    assert (moved == moved[:, :1, :1]).all(), "a clip's bands or frames move apart"
+    shifted = trainer.shift_bands(x)
+    assert (shifted.min(), shifted.max()) == (0, 31), "an edge is not the outermost band's"
+    constants(MEL_SHIFT=0)
+    assert torch.equal(trainer.shift_bands(x), x)
+
+
+def test_tone_curves_are_smooth_and_gains_flat(constants):
+    torch.manual_seed(0)
+    constants(RANDOM_EQ_DB=2.0, RANDOM_GAIN_DB=0.0)
+    curve = trainer.random_eq(2000, 32)
+    assert curve.shape == (2000, 32)
+    assert curve[:, 0].std() == pytest.approx(2, rel=0.1)
+    assert curve[:, -1].std() == pytest.approx(2, rel=0.1)
+    assert curve.diff(dim=1).abs().max() < 2.0
+    assert torch.corrcoef(curve.T)[0, -1].abs() < 0.1, "a curve is the same at both ends"
+    constants(RANDOM_EQ_DB=0.0, RANDOM_GAIN_DB=3.0)
+    gain = trainer.random_eq(2000, 32)
+    assert (gain == gain[:, :1]).all()
+    assert gain[:, 0].std() == pytest.approx(3, rel=0.1)
+    constants(RANDOM_GAIN_DB=0.0)
+    assert not trainer.random_eq(20, 32).any()
+
+
+def test_a_share_of_clips_loses_outer_bands(constants):
+    torch.manual_seed(0)
+    constants(NARROW_BAND=0.3)
+    lost = trainer.random_outer_bands(2000, 50)
+    assert lost[:, -1].float().mean() == pytest.approx(0.3, abs=0.05)
+    assert not lost[:, 5:35].any(), "the middle of the band is lost"
+    assert (lost[:, 35:-1] <= lost[:, 36:]).all()
+    assert (lost[:, :4] >= lost[:, 1:5]).all()
+    assert lost[:, 37].any()
+    assert lost[:, 0].any()
+    constants(NARROW_BAND=0.0)
+    assert not trainer.random_outer_bands(200, 50).any()
+
+
+def test_masks_lie_within_the_clip(constants):
+    constants(TIME_MASK=8, MEL_MASK=4)
+    torch.manual_seed(0)
+    lengths = torch.tensor([40, 6] * 100)
+    x = torch.ones(200, 40, 128) * trainer.length_mask(lengths, 40)[:, :, None]
+    masked = trainer.spec_augment(x, lengths)
+    frames = (masked[::2] == 0).all(2).sum(1)
+    assert (frames.min(), frames.max()) == (0, 8)
+    assert (masked[1::2, :6] == 0).all(2).sum(1).max() == 3, "more than half of a short clip"
+    bands = (masked[::2] == 0).all(1).sum(1)
+    assert (bands.min(), bands.max()) == (0, 4)
+    constants(TIME_MASK=0, MEL_MASK=0)
+    assert torch.equal(trainer.spec_augment(x, lengths), x)
+
+
+def test_a_random_span_is_one_stretch_anywhere_in_its_own_size():
+    torch.manual_seed(0)
+    sizes = torch.tensor([20, 9, 1] * 500)
+    span = trainer.random_span(sizes, 6, 24)
+    assert span.shape == (1500, 24)
+    edges = span.int().diff(dim=1, prepend=torch.zeros(1500, 1), append=torch.zeros(1500, 1))
+    assert ((edges == 1).sum(1) <= 1).all(), "more than one stretch"
+    width = span.sum(1)
+    assert [set(width[i::3].tolist()) for i in range(3)] == [set(range(7)), set(range(5)), {0}]
+    assert span[0::3, :20].any(0).all(), "a place is never masked"
+    assert not span[0::3, 20:].any()
+    assert not span[1::3, 9:].any()
+
+
+AUGMENTATIONS_OFF = {
+    "MEL_SHIFT": 0,
+    "RANDOM_EQ_DB": 0.0,
+    "RANDOM_GAIN_DB": 0.0,
+    "NARROW_BAND": 0.0,
+    "TIME_MASK": 0,
+    "MEL_MASK": 0,
+}
+
+
+def normalised(n_mels, std=4.0, mean=-60.0, varies=None):
+    """What augment_batch needs of the spectrograms."""
+    normalization = {"mean": [mean] * n_mels, "std": [std] * n_mels}
+    if varies is None:
+        varies = torch.ones(n_mels, dtype=torch.bool)
+    return types.SimpleNamespace(normalization=normalization, varies=varies)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("MEL_SHIFT", 3),
+        ("RANDOM_EQ_DB", 2.0),
+        ("RANDOM_GAIN_DB", 2.0),
+        ("NARROW_BAND", 0.9),
+        ("TIME_MASK", 4),
+        ("MEL_MASK", 8),
+    ],
+)
+def test_each_augmentation_reaches_the_batch_but_not_its_padding(constants, name, value):
+    torch.manual_seed(0)
+    lengths = torch.tensor([9, 5] * 20)
+    x = torch.randn(40, 16, 32) * trainer.length_mask(lengths, 16)[:, :, None]
+    constants(**AUGMENTATIONS_OFF)
+    assert torch.equal(trainer.augment_batch(x, lengths, normalised(32)), x)
+    constants(**{name: value})
+    augmented = trainer.augment_batch(x, lengths, normalised(32))
+    assert not torch.equal(augmented, x)
+    assert (augmented[::2, 9:] == 0).all()
+    assert (augmented[1::2, 5:] == 0).all()
+
+
+def test_decibels_are_the_bands_deviations_and_lost_bands_silent(constants):
+    torch.manual_seed(0)
+    x = torch.zeros(1000, 8, 32)
+    lengths = torch.full((1000,), 8)
+    constants(**AUGMENTATIONS_OFF | {"RANDOM_GAIN_DB": 2.0})
+    augmented = trainer.augment_batch(x, lengths, normalised(32))
+    assert augmented[:, 0, 0].std() == pytest.approx(0.5, abs=0.05)  # 2 dB where a unit is 4
+    assert (augmented == augmented[:, :1, :1]).all()
+    constants(**AUGMENTATIONS_OFF | {"NARROW_BAND": 0.5})
+    augmented = trainer.augment_batch(x, lengths, normalised(32))
+    assert set(augmented.unique().tolist()) == {0.0, -10.0}  # silence is -100 dB
+
+
+def write_mels(folder, mels, **settings):
+    """A MEL_DIR of the test's own: {(actor, code, variant): (mel bands, frames)}."""
+    for (actor, code, variant), mel in mels.items():
+        path = folder / code / f"{actor}_DFA_{code}_XX_{variant}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, mel.astype(np.float32))
+    config = {"sample_rate": 16000, "n_fft": 512, "hop_length": 256, "n_mels": 16}
+    config |= {"fmin": 0.0, "fmax": 8000.0} | settings
+    (folder / "mel_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def random_mels(n_actors=8, n_frames=24, n_mels=16, codes=tuple(trainer.EMOTIONS)):
+    """Spectrograms in which an emotion is a level: one clip of each, of each actor."""
+    random = np.random.default_rng(0)
+    mels = {}
+    for actor in range(1001, 1001 + n_actors):
+        for i, code in enumerate(codes):
+            noise = 5 * random.standard_normal((n_mels, n_frames + i))
+            mels[str(actor), code, "original"] = -60 + 6 * i + noise
+    return mels
+
+
+def test_constant_mel_bands_have_deviation_one_and_are_left_alone(constants, tmp_path):
+    """Bands without an STFT bin, -100 dB throughout: a deviation near 0 made noise of them."""
+    mels = random_mels()
+    for mel in mels.values():
+        mel[[2, 5]] = -100.0
+    write_mels(tmp_path, mels)
+    constants(BATCH_SIZE=4, SPLIT="actor", MEL_SHIFT=0)
+    data = trainer.Spectrograms(trainer.assign_split(trainer.list_clips(tmp_path)), 16)
+    assert [data.normalization["std"][i] for i in (2, 5)] == [1.0, 1.0]
+    assert [data.normalization["mean"][i] for i in (2, 5)] == pytest.approx([-100.0, -100.0])
+    assert (~data.varies).nonzero().flatten().tolist() == [2, 5]
+    assert data.frames[:, [2, 5]].abs().max() < 1e-3
+    constants(RANDOM_EQ_DB=10.0, RANDOM_GAIN_DB=10.0, NARROW_BAND=0.9)
+    index = data.indices["train"]
+    x, lengths, _ = data.batch(index, torch.ones(len(index)), CPU)
+    augmented = trainer.augment_batch(x, lengths, data)
+    assert not augmented[:, :, [2, 5]].any()
+    assert augmented[:, :, [1, 3, 4, 6]].any(1).all(1).sum() > len(index) / 2
+
+
+# --------------------------------------------------------------------------------------
+# The model
 
 
 def toy_model(n_mels=128):
+    """In evaluation mode, as after training: a fresh batch norm would hide what padding does."""
     torch.manual_seed(0)
     model = trainer.EmotionClassifier(n_mels, 6, (8, 8, 16, 16), trainer.STRIDES, 32, 4, 0.3)
-    for norm in model.modules():  # as after training: a fresh batch norm hides what padding does
+    for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d):
             nn.init.uniform_(norm.bias, 0.2, 1.0)
             nn.init.uniform_(norm.running_mean, -0.5, 0.5)
     return model.eval()
 
 
-def table(actors, emotions_of):
-    rows = [(f"{a}_S{i}_{e}_XX", v, a, e) for a in actors for i, e in enumerate(emotions_of(a)) for v in ("original", "pitch_up", "noise_low")]
-    return pd.DataFrame([("", *row) for row in rows], columns=["path", "stem", "variant", "actor", "emotion"])
-
-
-# ---- no leakage
-
-
-@settings(max_examples=40, deadline=None)
-@given(n_actors=st.integers(3, 40), clips=st.integers(1, 12), seed=st.integers(0, 1000), by=st.sampled_from(["actor", "clip"]))
-def test_no_voice_on_two_sides_and_no_copy_outside_training(n_actors, clips, seed, by):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"SPLIT": by, "SEED": seed, "BATCH_SIZE": 1}.items():
-            patch.setattr(trainer, name, value)
-        random = np.random.default_rng(seed)
-        split = trainer.assign_split(table([str(1000 + a) for a in range(n_actors)], lambda a: random.choice(list(trainer.EMOTIONS), clips + (n_actors < 4) * 4)))
-    assert set(split.split) == {"train", "val", "test"}
-    assert (split[split.split != "train"].variant == "original").all()
-    assert split.groupby("stem").split.nunique().max() == 1
-    if by == "actor":
-        assert split.groupby("actor").split.nunique().max() == 1
-    assert set(split[split.split == "train"].variant) == {"original", "pitch_up", "noise_low"}
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_split_is_as_even_as_actors_allow(constants, seed):
-    """Of twenty actors half are always angry, half always sad: a single draw of three is of one kind in every fifth."""
-    constants(SPLIT="actor", SEED=seed)
-    split = trainer.assign_split(table([str(1000 + a) for a in range(20)], lambda a: ["ANG" if int(a) % 2 else "SAD"] * 12))
-    assert (split.groupby("split").emotion.nunique() == 2).all()
-
-
-def test_split_is_70_15_15_and_even_over_emotions(constants):
-    constants(SPLIT="actor")
-    codes = list(trainer.EMOTIONS)
-    split = trainer.assign_split(table([str(1000 + a) for a in range(40)], lambda a: codes * 2 + codes[: int(a) % 6]))
-    assert split.groupby("split").actor.nunique().to_dict() == {"train": 28, "val": 6, "test": 6}
-    originals = split[split.variant == "original"]
-    shares = pd.crosstab(originals.split, originals.emotion, normalize="index")
-    assert (shares.max() - shares.min()).max() < 0.02
-
-
-def test_augmented_files_of_held_out_actors_change_nothing(mels, trained, tmp_path):
-    split = pd.read_csv(trained / "split.csv", dtype=str).set_index("stem").split
-    shutil.copytree(mels, tmp_path / "mels")
-    removed = [p for p in (tmp_path / "mels").rglob("*.npy") if not p.stem.endswith("_original") and split[re.sub(r"(_XX|_X\d+)_.*", r"\1", p.stem)] != "train"]
-    assert len(removed) == 2 * (split != "train").sum()
-    for path in removed:
-        path.unlink()
-    train(tmp_path / "run", tmp_path / "mels")
-    assert (tmp_path / "run/output/test_predictions.csv").read_bytes() == (trained / "test_predictions.csv").read_bytes()
-    assert history(tmp_path / "run/output") == history(trained)
-
-
-@pytest.fixture
-def first_epoch(mels, constants):
-    """Trains a toy for an epoch, in this process, its clips changed before; returns loss and weights, plain and averaged."""
-    clips, config = trainer.list_clips(mels), trainer.read_mel_config(mels)
-
-    def go(change=lambda run: None, **values):
-        constants(**TOY | values)
-        run = trainer.Run(trainer.assign_split(clips), config, torch.device("cpu"), None)
-        change(run)
-        loss, _ = trainer.train_epoch(run, 1)
-        return loss, *(torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (run.model, run.average.module))
-
-    return go
-
-
-def test_held_out_clips_never_train(first_epoch, mels):
-    """Neither as examples nor by their statistics: whatever stands in them, the weights are the same."""
-
-    def no_numbers(run):
-        for side in ("val", "test"):
-            for i in run.sides[side]:
-                run.data.clip(i).fill_(torch.nan)
-
-    loss, weights, averaged = first_epoch()
-    other_loss, *others = first_epoch(no_numbers)
-    assert other_loss == loss and torch.equal(others[0], weights) and torch.equal(others[1], averaged)
-    clips = trainer.assign_split(trainer.list_clips(mels))
-    data = np.concatenate([np.load(path) for path in clips.path[clips.split == "train"]], 1).astype(float)
-    found = trainer.Run(clips, trainer.read_mel_config(mels), torch.device("cpu"), None).normalization
-    assert np.allclose(found["mean"], data.mean(1)) and np.allclose(found["std"], data.std(1), atol=1e-3)
-
-
-CHANGED = {"WEIGHTED_SAMPLING": False, "DROPOUT": 0.1, "LEARNING_RATE": 1e-3, "WARMUP_EPOCHS": 2, "WEIGHT_DECAY": 1.0, "LABEL_SMOOTHING": 0.3, "TIME_MASK": 0, "MEL_MASK": 0, "TIME_WARP": 0.0,
-           "MEL_SHIFT": 0, "TONE": 0.0, "GAIN": 0.0, "NARROW_BAND": 0.9, "GRADIENT_CLIP": 1e-6, "SEED": 1}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CHANGED)
-def test_every_constant_of_training_is_used(first_epoch, name):
-    _, plain, _ = first_epoch()
-    _, changed, _ = first_epoch(**{name: CHANGED[name]})
-    assert (changed - plain).abs().max() > 1e-6
-
-
-def test_averaged_weights_and_schedule_are_those_of_the_constants(first_epoch, constants):
-    seen = []
-    _, weights, averaged = first_epoch(seen.append, AVERAGING=0.0)
-    assert torch.equal(weights, averaged)
-    _, weights, averaged = first_epoch(AVERAGING=0.9)
-    assert (weights - averaged).abs().max() > 1e-3
-    scheduler = seen[0].scheduler
-    assert (scheduler.mode, scheduler.factor, scheduler.patience) == ("max", trainer.LR_FACTOR, trainer.LR_PATIENCE)
-
-
-def test_published_split_as_csv(mels, tmp_path):
-    stems = sorted(p.stem.removesuffix("_original") for p in mels.rglob("*_original.npy"))
-    rows = [(s, "test" if s < "1003" else "val" if s < "1004" else "train") for s in stems if s < "1008"] + [("9999_no_ANG_X", "train")]
-    (tmp_path / "split.csv").write_text("stem,split\n" + "".join(f"{s},{side}\n" for s, side in rows))
-    text = train(tmp_path / "run", mels, SPLIT=str(tmp_path / "split.csv"), EPOCHS=1)
-    assert "1 of its 43 stems have no spectrogram; 6 clips that it does not name are left out" in text
-    used = pd.read_csv(tmp_path / "run/output/split.csv", dtype=str)
-    assert dict(zip(used.stem, used.split, strict=True)) == dict(rows[:-1])
-
-
-# ---- sampling
-
-
-def test_sampler_draws_every_emotion_as_often(constants):
-    constants(BATCH_SIZE=50)
-    data = trainer.Spectrograms.__new__(trainer.Spectrograms)
-    data.label = torch.repeat_interleave(torch.arange(6), torch.tensor([1000, 500, 250, 100, 50, 2100]))
-    data.length = torch.randint(10, 100, (4000,))
-    everyone = torch.arange(4000)
-    shares = lambda weighted: (constants(WEIGHTED_SAMPLING=weighted), data.label[trainer.draw_epoch(data, everyone, torch.Generator().manual_seed(1))[0].flatten()].bincount() / 4000)[1]  # noqa: E731
-    assert (shares(True) - 1 / 6).abs().max() < 0.03
-    assert (shares(False) - data.label.bincount() / 4000).abs().max() < 1e-6
-
-
-def test_batches_hold_clips_of_like_length(constants):
-    """Of like length at the speeds drawn for them."""
-    constants(BATCH_SIZE=10, TIME_WARP=0.4)
-    data = trainer.Spectrograms.__new__(trainer.Spectrograms)
-    data.label, data.length = torch.arange(600) % 6, torch.randint(10, 190, (600,), generator=torch.Generator().manual_seed(0))
-    index, rate = trainer.draw_epoch(data, torch.arange(600), torch.Generator().manual_seed(1))
-    assert 0.67 < rate.min() < 0.69 and 1.45 < rate.max() < 1.5
-    length = data.length[index] / rate
-    assert (length.amax(1) - length.amin(1)).float().mean() < 10
-    assert (length.float().mean(1).diff() < 0).any()  # but not the short ones first
-
-
-# ---- the model
-
-
-@pytest.mark.parametrize("frames", [1, 2, 3, 5, 16, 61, 190])
-def test_padding_changes_no_logit(frames):
-    model, clip = toy_model(), torch.randn(frames, 128, generator=torch.Generator().manual_seed(frames))
-    other = torch.randn(191, 128)
-    alone = model(clip[None], torch.tensor([frames]))
-    together = model(nn.utils.rnn.pad_sequence([other, clip], batch_first=True), torch.tensor([191, frames]))
+@pytest.mark.parametrize("n_frames", [1, 2, 3, 5, 16, 61, 190])
+def test_padding_changes_no_logit(n_frames):
+    model = toy_model()
+    clip = torch.randn(n_frames, 128, generator=seeded(n_frames))
+    other = torch.randn(191, 128, generator=seeded(0))
+    batch = nn.utils.rnn.pad_sequence([other, clip], batch_first=True)
+    together = model(batch, torch.tensor([191, n_frames]))
+    alone = model(clip[None], torch.tensor([n_frames]))
     assert (alone[0] - together[1]).abs().max() < 1e-4
-    assert (model(other[None], torch.tensor([191]))[0] - together[0]).abs().max() < 1e-4
+    other_alone = model(other[None], torch.tensor([191]))
+    assert (other_alone[0] - together[0]).abs().max() < 1e-4
 
 
-def test_order_of_frames_matters():
-    model, clip = toy_model(), 10 * torch.randn(1, 80, 128)
-    shuffled = clip[:, torch.randperm(80)]
-    assert (model(clip, torch.tensor([80])) - model(shuffled, torch.tensor([80]))).abs().max() > 1e-3
+def test_the_order_of_frames_matters():
+    model = toy_model()
+    clip = 10 * torch.randn(1, 80, 128, generator=seeded(0))
+    shuffled = clip[:, torch.randperm(80, generator=seeded(1))]
+    length = torch.tensor([80])
+    assert (model(clip, length) - model(shuffled, length)).abs().max() > 1e-3
 
 
-def test_architecture_as_documented():
-    model = trainer.EmotionClassifier(128, 6, trainer.CHANNELS, trainer.STRIDES, trainer.HIDDEN, trainer.HEADS, trainer.DROPOUT)
-    assert len(model.blocks) == 4 and all(isinstance(b.norm1, nn.BatchNorm2d) for b in model.blocks)
-    assert [lstm.hidden_size for way in (model.lstm.onward, model.lstm.back) for lstm in way] == [512] * 4
+def test_the_architecture_is_the_documented_one():
+    model = trainer.EmotionClassifier(**trainer.model_config(128))
+    assert len(model.blocks) == 4
+    assert all(isinstance(block.norm1, nn.BatchNorm2d) for block in model.blocks)
+    ways = (model.lstm.forward_lstm, model.lstm.backward_lstm)
+    assert [lstm.hidden_size for way in ways for lstm in way] == [trainer.HIDDEN] * 4
     assert isinstance(model.attention, nn.MultiheadAttention)
     kinds = [type(layer) for layer in model.head]
     assert (kinds.count(nn.Linear), kinds.count(nn.BatchNorm1d)) == (3, 2)
     assert sum(p.numel() for p in model.parameters()) * 4 < 100e6
+    constructor = inspect.signature(trainer.EmotionClassifier).parameters
+    assert list(constructor) == list(trainer.model_config(128))
+
+
+def test_forward_is_the_head_of_the_embedding():
+    model = toy_model()
+    x = torch.randn(3, 40, 128, generator=seeded(0))
+    lengths = torch.tensor([40, 17, 3])
+    x = x * trainer.length_mask(lengths, 40)[:, :, None]
+    embedding = model.encode(x, lengths)
+    assert embedding.shape == (3, 4 * 32)
+    assert torch.equal(model(x, lengths), model.head(embedding))
 
 
 def test_every_weight_has_its_say():
     """But the pooling scores' last bias: a softmax does not see it."""
     model = toy_model()
-    model(torch.randn(2, 40, 128), torch.tensor([40, 40])).square().sum().backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    assert set(silent) <= {"pooling.score.2.bias"}
+    x = torch.randn(2, 40, 128, generator=seeded(0))
+    model(x, torch.tensor([40, 40])).square().sum().backward()
+    silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert silent <= {"pooling.score.2.bias"}
 
 
-def test_lstm_is_pytorchs_on_packed_clips():
-    ours, theirs = trainer.BidirectionalLSTM(12, 8, 0.0), nn.LSTM(12, 8, 2, batch_first=True, bidirectional=True)
-    for layer in (0, 1):
-        for way, suffix in ((ours.onward, ""), (ours.back, "_reverse")):
-            way[layer].load_state_dict({f"{name}_l0": getattr(theirs, f"{name}_l{layer}{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")})
-    x, steps = torch.randn(3, 9, 12), torch.tensor([9, 4, 1])
-    packed, _ = theirs(nn.utils.rnn.pack_padded_sequence(x, steps, batch_first=True))
-    packed, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
-    assert ((ours(x, steps) - packed) * trainer.inside(steps, 9)[:, :, None]).abs().max() < 1e-5
-
-
-def test_pooling_is_a_weighted_mean_and_spread_of_own_steps():
+def test_the_lstm_is_pytorchs_on_packed_clips():
     torch.manual_seed(0)
-    pooling, x, mask = trainer.AttentivePooling(5), torch.randn(2, 6, 5), trainer.inside(torch.tensor([6, 3]), 6)
+    ours = trainer.BidirectionalLSTM(12, 8, 0.0)
+    theirs = nn.LSTM(12, 8, 2, batch_first=True, bidirectional=True)
+    weights = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    for layer in (0, 1):
+        for way, suffix in ((ours.forward_lstm, ""), (ours.backward_lstm, "_reverse")):
+            state = {f"{w}_l0": getattr(theirs, f"{w}_l{layer}{suffix}") for w in weights}
+            way[layer].load_state_dict(state)
+    x = torch.randn(3, 9, 12)
+    steps = torch.tensor([9, 4, 1])
+    packed, _ = theirs(nn.utils.rnn.pack_padded_sequence(x, steps, batch_first=True))
+    expected, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
+    mask = trainer.length_mask(steps, 9)[:, :, None]
+    assert ((ours(x, steps) - expected) * mask).abs().max() < 1e-5
+
+
+def test_pooling_is_a_weighted_mean_and_spread_of_a_clips_own_steps():
+    torch.manual_seed(0)
+    pooling = trainer.AttentivePooling(5)
+    x = torch.randn(2, 6, 5)
     x[1, 3:] = 1e3  # past the second clip's own steps
     weight = pooling.score(x[1, :3]).softmax(0)
+    assert weight.amax() - weight.amin() > 1e-3
     mean = (weight * x[1, :3]).sum(0)
     spread = ((weight * x[1, :3] ** 2).sum(0) - mean**2 + 1e-4).sqrt()
-    assert weight.amax() - weight.amin() > 1e-3
-    assert torch.allclose(pooling(x, mask)[1], torch.cat([mean, spread]), atol=1e-4)
+    pooled = pooling(x, trainer.length_mask(torch.tensor([6, 3]), 6))
+    assert torch.allclose(pooled[1], torch.cat([mean, spread]), atol=1e-4)
 
 
 def test_logits_do_not_depend_on_batch_size_or_order():
-    model, random = toy_model(), torch.Generator().manual_seed(3)
+    model = toy_model()
+    random = seeded(3)
     clips = [torch.randn(n, 128, generator=random) for n in (80, 3, 191, 55, 80, 21)]
-    one = trainer.logits_of(model, clips, 1, torch.device("cpu"))
-    assert (trainer.logits_of(model, clips, 4, torch.device("cpu")) - one).abs().max() < 1e-4
-    assert (trainer.logits_of(model, clips[::-1], 4, torch.device("cpu")).flip(0) - one).abs().max() < 1e-4
+    one = trainer.predict_logits(model, clips, 1, CPU)
+    assert one.shape == (6, 6)
+    assert one.dtype == torch.float32
+    assert (trainer.predict_logits(model, clips, 4, CPU) - one).abs().max() < 1e-4
+    reversed_order = trainer.predict_logits(model, clips[::-1], 4, CPU).flip(0)
+    assert (reversed_order - one).abs().max() < 1e-4
 
 
-def test_mixed_precision_reaches_the_model_and_can_be_switched_off(constants, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    constants(DEVICE="cpu", AMP="auto", gains_by_bfloat16=lambda: True)
-    device, amp = trainer.pick_device()
-    assert amp is torch.bfloat16
-    seen, model = [], toy_model()
-    model.blocks[1].conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    for number_type in (amp, None):
-        with torch.autocast(device.type, number_type, enabled=number_type is not None):
-            model(torch.randn(2, 20, 128), torch.tensor([20, 20]))
-    assert seen == [torch.bfloat16, torch.float32]
-    constants(AMP="off")
-    assert trainer.pick_device()[1] is None
-    constants(AMP="auto", gains_by_bfloat16=lambda: False)
-    assert trainer.pick_device()[1] is None
-    constants(gains_by_bfloat16=lambda: True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    assert trainer.pick_device()[1] is None
+# --------------------------------------------------------------------------------------
+# Device and dtype
 
 
-@pytest.mark.parametrize("seconds, gains", [({torch.float32: 0.02, torch.bfloat16: 0.01}, True), ({torch.float32: 0.01, torch.bfloat16: 0.02}, False)])
-def test_mixed_precision_only_where_it_is_quicker(monkeypatch, seconds, gains):
+def test_mixed_precision_where_it_is_faster_and_its_switch(constants, monkeypatch):
+    for capabilities, is_faster, amp, expected in [
+        ({"avx512_bf16": True}, True, "auto", torch.bfloat16),
+        ({"amx_bf16": True}, True, "auto", torch.bfloat16),
+        ({"avx512_bf16": True}, False, "auto", torch.float32),
+        ({"avx512_bf16": True}, True, "off", torch.float32),
+        ({"avx2": True}, True, "auto", torch.float32),
+    ]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        constants(AMP=amp, bfloat16_is_faster=lambda answer=is_faster: answer)
+        assert trainer.pick_dtype(CPU) is expected, (capabilities, is_faster, amp)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_dtype_reaches_the_model(constants, dtype):
+    constants(**TOY)
+    state = trainer.TrainState(trainer.model_config(16), CPU, dtype)
+    seen = []
+    state.model.blocks[1].conv1.register_forward_hook(lambda m, i, output: seen.append(output))
+    label = torch.arange(6)
+    trainer.train_step(state, torch.randn(6, 16, 16), torch.full((6,), 16), label)
+    assert [output.dtype for output in seen] == [dtype]
+
+
+@pytest.mark.parametrize("seconds, answer", [((0.02, 0.01), True), ((0.01, 0.02), False)])
+def test_bfloat16_is_used_only_where_it_is_faster(monkeypatch, seconds, answer):
     """Intel's Sapphire Rapids without AMX has bfloat16, at half the speed of float32."""
     clock = [0.0]
+    cost = dict(zip((torch.float32, torch.bfloat16), seconds, strict=True))
 
     def multiply(x, _):
-        clock[0] += seconds[x.dtype]
+        clock[0] += cost[x.dtype]
 
     monkeypatch.setattr(trainer.F, "linear", multiply)
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock[0])
-    assert trainer.gains_by_bfloat16() is gains
+    assert trainer.bfloat16_is_faster() is answer
 
 
-# ---- the loop
+# --------------------------------------------------------------------------------------
+# Schedule and best epoch
 
 
 @pytest.fixture
-def stubbed(constants, monkeypatch, tmp_path):
-    """train() on validation accuracies given beforehand; returns the run."""
-    constants(EPOCHS=30, PATIENCE=4, LR_PATIENCE=1, LR_FACTOR=0.5, WARMUP_EPOCHS=0, LEARNING_RATE=0.1, BATCH_SIZE=10)
-
-    def go(accuracies):
-        queue, label = iter(accuracies), torch.arange(100) % 6
-        monkeypatch.setattr(trainer, "train_epoch", lambda *_: (1.0, 0.5))
-        run = trainer.Run.__new__(trainer.Run)
-        run.model = nn.Linear(2, 2)
-        run.average = torch.optim.swa_utils.AveragedModel(run.model)
-        run.optimizer = torch.optim.AdamW(run.model.parameters(), trainer.LEARNING_RATE)
-        run.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer, "max", factor=trainer.LR_FACTOR, patience=trainer.LR_PATIENCE)
-        run.parts, run.output_dir, run.sides = {"optimizer": run.optimizer}, tmp_path, {"train": range(100)}
-        run.history, run.best_epoch, run.best_accuracy, run.amp = [], 0, -1.0, None
-        run.settings, run.model_config, run.mel_config, run.normalization = {}, {}, {}, {}
-        run.clips = pd.DataFrame({"actor": ["a"], "split": ["train"]})
-
-        def logits(side, model):
-            right = round(100 * next(queue))
-            answer = torch.where(torch.arange(100) < right, label, (label + 1) % 6)
-            return nn.functional.one_hot(answer, 6).float(), label
-
-        run.logits = logits
-        trainer.train(run)
-        return run
-
-    return go
+def state(constants):
+    """A training of a toy, before its first epoch."""
+    constants(**TOY | {"EPOCHS": 30, "PATIENCE": 4, "LR_PATIENCE": 1, "LR_FACTOR": 0.5})
+    constants(WARMUP_EPOCHS=0, LEARNING_RATE=0.1)
+    return trainer.TrainState(trainer.model_config(16), CPU, torch.float32)
 
 
-def test_early_stopping_and_best_model(stubbed, tmp_path):
-    run = stubbed([0.2, 0.5, 0.4, 0.6, 0.55, 0.6, 0.5, 0.59, 0.55, 0.58, 0.9])
-    assert len(run.history) == 10 and run.best_epoch == 6  # 4 epochs after the best, of equal ones the last
-    best = torch.load(tmp_path / "best_model.pth", weights_only=True)
-    assert best["epoch"] == 6 and best["metrics"]["val_accuracy"] == pytest.approx(0.6)
+def play(state, accuracies):
+    """Epochs with these validation accuracies, to the end of training.
+
+    Returns the learning rate of each epoch, and which were the best so far.
+    """
+    rates = []
+    best = []
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        if state.is_finished():
+            break
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        if state.step({"epoch": epoch, "val_accuracy": accuracy}):
+            best.append(epoch)
+    return rates, best
 
 
-def test_plateau_lowers_the_learning_rate(stubbed):
-    run = stubbed([0.5, 0.4, 0.4, 0.4, 0.4])
-    assert [row["learning_rate"] for row in run.history] == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
+def test_training_stops_early_and_of_equal_epochs_the_last_is_best(state):
+    _, best = play(state, [0.2, 0.5, 0.4, 0.6, 0.55, 0.6, 0.5, 0.59, 0.55, 0.58, 0.9])
+    assert len(state.history) == 10  # four epochs after the best
+    assert best == [1, 2, 4, 6]
+    assert (state.best_epoch, state.best_accuracy) == (6, 0.6)
 
 
-def test_learning_rate_decays_after_so_many_epochs(stubbed, constants):
+def test_training_ends_with_its_epochs(state, constants):
+    constants(EPOCHS=3)
+    play(state, [0.1, 0.2, 0.3, 0.4])
+    assert len(state.history) == 3
+
+
+def test_a_plateau_lowers_the_learning_rate(state):
+    rates, _ = play(state, [0.5, 0.4, 0.4, 0.4, 0.4])
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
+
+
+def test_the_learning_rate_decays_after_so_many_epochs(state, constants):
     constants(DECAY_AFTER=2, LR_DECAY=0.5)
-    run = stubbed([0.1, 0.2, 0.3, 0.4, 0.5, 0.4, 0.4, 0.4, 0.4])
-    assert [row["learning_rate"] for row in run.history][:5] == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.025])
+    rates, _ = play(state, [0.1, 0.2, 0.3, 0.4, 0.5])
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.025])
 
 
-def test_varied_clips_move_by_bands_and_by_a_smooth_curve(constants):
-    constants(MEL_SHIFT=3, TONE=0.0, GAIN=0.0, NARROW_BAND=0.0)
-    torch.manual_seed(0)
-    mean, std = torch.full((32,), -60.0), torch.full((32,), 4.0)
-    lengths = torch.tensor([9, 5] * 20)
-    x = torch.arange(32.0).expand(40, 9, 32) * trainer.inside(lengths, 9)[:, :, None]
-    moved = trainer.vary(x, lengths, mean, std)[:, 0, 3:-3] - x[:, 0, 3:-3]
-    assert set(moved.unique().tolist()) == {-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0} and (moved == moved[:, :1]).all()
-    constants(MEL_SHIFT=0, TONE=2.0)
-    lengths = torch.tensor([9, 5] * 500)
-    varied = trainer.vary(torch.zeros(1000, 9, 32), lengths, mean, std)
-    assert (varied[1::2, 5:] == 0).all() and torch.equal(varied[:, 0], varied[:, 4])
-    assert varied[:, 0, 0].std() == pytest.approx(0.5, abs=0.05)  # 2 dB where a unit is 4
-    assert varied[:, 0].diff(dim=1).abs().max() < 0.5
+def test_the_learning_rate_warms_up_and_then_stays_to_the_schedule(state, constants):
+    constants(WARMUP_EPOCHS=2)
+    group = state.optimizer.param_groups[0]
+    rates = []
+    for epoch in (1, 2, 3):
+        for share in (0.25, 1.0):
+            state.warm_up(epoch, share)
+            rates.append(group["lr"])
+    assert rates == pytest.approx([0.0125, 0.05, 0.0625, 0.1, 0.1, 0.1])
+    constants(LR_PATIENCE=0)
+    state.scheduler.patience = 0
+    for epoch, accuracy in enumerate((0.5, 0.1, 0.1), start=1):  # worse while it warms up
+        state.step({"epoch": epoch, "val_accuracy": accuracy})
+    assert group["lr"] == pytest.approx(0.1), "epochs of warm-up count as a plateau"
 
 
-def test_varied_clips_are_louder_or_lose_outer_bands(constants):
-    constants(MEL_SHIFT=0, TONE=0.0, GAIN=3.0, NARROW_BAND=0.0)
-    torch.manual_seed(0)
-    mean, std = torch.full((50,), -60.0), torch.full((50,), 4.0)
-    x, lengths = torch.zeros(1000, 9, 50), torch.tensor([9, 5] * 500)
-    louder = trainer.vary(x, lengths, mean, std)
-    assert (louder[:, :5] == louder[:, :1, :1]).all() and (louder[1::2, 5:] == 0).all()
-    assert louder[:, 0, 0].std() == pytest.approx(0.75, abs=0.05)  # 3 dB where a unit is 4
-    constants(GAIN=0.0, NARROW_BAND=0.3)
-    varied = trainer.vary(x, lengths, mean, std)
-    assert set(varied[:, :5].unique().tolist()) == {0.0, -10.0}  # silence is -100 dB
-    lost = varied[:, 0] < 0
-    assert lost[:, -1].float().mean() == pytest.approx(0.3, abs=0.05) and (lost[:, 5:35] == 0).all()
-    assert (lost[:, 35:-1] <= lost[:, 36:]).all() and lost[:, 37].any() and lost[:, 0].any()
-
-
-def test_warped_clips_are_whole_and_at_another_speed(constants):
-    constants(MAX_WIDTH=90)
-    data = trainer.Spectrograms.__new__(trainer.Spectrograms)
-    data.frames = torch.arange(1.0, 181.0)[:, None].expand(180, 3)
-    data.start, data.length, data.label = torch.tensor([0, 100]), torch.tensor([100, 80]), torch.tensor([0, 1])
-    torch.manual_seed(0)
-    seen = set()
-    for _ in range(50):
-        x, lengths, label = data.batch(torch.tensor([1, 0, 1]), torch.empty(3).uniform_(0.82, 1.22), torch.device("cpu"))
-        assert x.shape[1] % 8 == 0 and lengths.max() <= 90 and label.tolist() == [1, 0, 1]
-        seen |= set(lengths[[0, 2]].tolist())
-        for clip, n in zip(x[[0, 2], :, 0], lengths[[0, 2]], strict=True):
-            assert (clip[n:] == 0).all() and clip[0] == 101 and (clip[:n].diff() >= 0).all()
-            assert n == 90 or 178 <= clip[n - 1] <= 180
-    assert min(seen) < 70 and max(seen) == 90 and len(seen) > 10
+def test_the_schedule_is_that_of_the_constants(constants):
+    constants(**TOY | {"LR_FACTOR": 0.3, "LR_PATIENCE": 7, "WEIGHT_DECAY": 0.2})
+    state = trainer.TrainState(trainer.model_config(16), CPU, torch.float32)
+    scheduler = state.scheduler
+    assert (scheduler.mode, scheduler.factor, scheduler.patience) == ("max", 0.3, 7)
+    group = state.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (TOY["LEARNING_RATE"], 0.2)
 
 
 def test_averaged_weights_are_a_moving_average(constants):
-    constants(AVERAGING=0.5)
+    """Of weights and batch norm's statistics; the first steps forget faster."""
+    constants(EMA_DECAY=0.5)
     model = nn.BatchNorm1d(1)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=trainer.average_weights, use_buffers=True)
+    ema = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=trainer.ema_update, use_buffers=True
+    )
     expected = None
     for step, value in enumerate((1.0, 2.0, 5.0, 3.0, 7.0, 8.0, 9.0, 4.0, 6.0, 5.0, 2.0, 1.0)):
         with torch.no_grad():
             model.weight.fill_(value)
             model.running_mean.fill_(10 * value)
-        average.update_parameters(model)
+            model.num_batches_tracked.fill_(step)
+        ema.update_parameters(model)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = value if step == 0 else decay * expected + (1 - decay) * value
-        assert average.module.weight.item() == pytest.approx(expected) and average.module.running_mean.item() == pytest.approx(10 * expected)
+        assert ema.module.weight.item() == pytest.approx(expected)
+        assert ema.module.running_mean.item() == pytest.approx(10 * expected)
+        assert ema.module.num_batches_tracked.item() == step
 
 
-def history(folder):
-    with open(folder / "history.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "train_clips_per_s")} for row in csv.DictReader(file)]
+# --------------------------------------------------------------------------------------
+# An epoch
 
 
-def leaves(value, at=""):
-    """Everything in a checkpoint but times: place and value."""
-    if isinstance(value, (dict, list, tuple)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            if key not in ("seconds", "train_clips_per_s", "OUTPUT_DIR", "EPOCHS", "RESUME"):
-                yield from leaves(part, f"{at}/{key}")
-    else:
-        yield at, value
+@pytest.fixture(scope="module")
+def first_epoch(tmp_path_factory):
+    """Trains a toy for an epoch with other constants.
+
+    Returns the loss and all weights, those that trained and their average.
+    """
+    folder = write_mels(tmp_path_factory.mktemp("tiny"), random_mels(n_frames=40))
+
+    def train_one(**values):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (PLAIN | {"BATCH_SIZE": 8, "SPLIT": "actor"} | values).items():
+                patch.setattr(trainer, name, value)
+            data = trainer.Spectrograms(trainer.assign_split(trainer.list_clips(folder)), 16)
+            state = trainer.TrainState(trainer.model_config(16), CPU, torch.float32)
+            loss, _ = trainer.train_epoch(state, data, 1)
+        models = (state.model, state.ema.module)
+        flat = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in models]
+        return loss, *flat
+
+    return train_one
 
 
-def test_resumed_run_is_the_unbroken_run(mels, trained, tmp_path):
-    train(tmp_path, mels, EPOCHS=3)
-    text = train(tmp_path, mels, RESUME=True)
-    assert "after epoch 3" in text
-    assert history(tmp_path / "output") == history(trained)
-    for name in ("last_checkpoint.pth", "best_model.pth"):
-        ours, theirs = (dict(leaves(torch.load(folder / name, weights_only=True))) for folder in (tmp_path / "output", trained))
-        assert ours.keys() == theirs.keys()
-        assert not [at for at in ours if not (torch.equal(ours[at], theirs[at]) if torch.is_tensor(ours[at]) else ours[at] == theirs[at])]
-    assert {"model", "average", "optimizer", "scheduler", "best_accuracy", "best_epoch"} <= torch.load(trained / "last_checkpoint.pth", weights_only=True).keys()
-    text = train(tmp_path, mels, RESUME=True, DROPOUT=0.5, code=1)
-    assert "DROPOUT was 0.3, now 0.5" in text
-    shutil.copytree(mels, tmp_path / "mels")
-    for path in (tmp_path / "mels").rglob("*.npy"):
-        np.save(path, np.load(path) + 1)
-    assert "DATA_SHA256 was" in train(tmp_path, tmp_path / "mels", RESUME=True, EPOCHS=3, code=1)
+@pytest.fixture(scope="module")
+def plain_epoch(first_epoch):
+    """The weights after an epoch with the constants as they are."""
+    return first_epoch()
 
 
-def test_resume_without_checkpoint_says_so_and_damage_is_told(mels, tmp_path):
-    assert "starting with epoch 1" in train(tmp_path, mels, RESUME=True, EPOCHS=1)
-    (tmp_path / "output" / "last_checkpoint.pth").write_bytes(b"junk")
-    assert "no checkpoint of this script" in train(tmp_path, mels, RESUME=True, code=1)
-    best = (tmp_path / "output" / "best_model.pth").read_bytes()
-    earlier = {path.name for path in (tmp_path / "output").iterdir()}
-    assert "earlier training's files are kept in" in train(tmp_path, mels, EPOCHS=1, LEARNING_RATE=1e6, GRADIENT_CLIP=1e30, code=1)
-    (kept,) = (tmp_path / "output").glob("earlier_*")
-    assert (kept / "best_model.pth").read_bytes() == best and {path.name for path in kept.iterdir()} == earlier
-    assert not (tmp_path / "output/metrics.json").exists(), "an earlier training's figures stand beside the new split"
-    train(tmp_path, mels, EPOCHS=1)
-    (tmp_path / "output" / "best_model.pth").unlink()
-    assert "best_model.pth is gone" in train(tmp_path, mels, RESUME=True, code=1)
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("WEIGHTED_SAMPLING", False),
+        ("DROPOUT", 0.1),
+        ("LEARNING_RATE", 1e-3),
+        ("WARMUP_EPOCHS", 2),
+        ("WEIGHT_DECAY", 1.0),
+        ("LABEL_SMOOTHING", 0.3),
+        ("TIME_MASK", 0),
+        ("MEL_MASK", 0),
+        ("SPEED_PERTURB", 0.0),
+        ("MEL_SHIFT", 0),
+        ("RANDOM_EQ_DB", 0.0),
+        ("RANDOM_GAIN_DB", 0.0),
+        ("NARROW_BAND", 0.9),
+        ("GRADIENT_CLIP", 1e-6),
+        ("MAX_WIDTH", 20),
+        ("SEED", 1),
+    ],
+)
+def test_every_constant_of_training_is_used(first_epoch, plain_epoch, name, value):
+    _, changed, _ = first_epoch(**{name: value})
+    assert (changed - plain_epoch[1]).abs().max() > 1e-6
 
 
-def test_full_disk_is_a_sentence(mels, tmp_path):
-    train(tmp_path, mels, EPOCHS=1)
-    size = (tmp_path / "output" / "best_model.pth").stat().st_size
-    (tmp_path / "output" / "last_checkpoint.pth").unlink()
-    limit = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2); runpy.run_path('cremad_custom2.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", limit], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "is the disk full?" in done.stderr and "best_model.pth" in done.stderr and "Traceback" not in done.stderr
+def test_an_epoch_repeats_itself_and_its_averaged_weights_follow(first_epoch, plain_epoch):
+    loss, weights, averaged = first_epoch()
+    assert loss == plain_epoch[0]
+    assert torch.equal(weights, plain_epoch[1])
+    assert torch.equal(averaged, plain_epoch[2])
+    assert (weights - averaged).abs().max() > 1e-5
+    _, weights, averaged = first_epoch(EMA_DECAY=0.0)
+    assert torch.equal(weights, averaged)
 
 
-def test_not_a_number_stops_with_a_sentence(mels, tmp_path):
-    text = train(tmp_path, mels, LEARNING_RATE=10.0, GRADIENT_CLIP=1e30, WARMUP_EPOCHS=0, EPOCHS=30, PATIENCE=30, AMP="off", LABEL_SMOOTHING=0.0, WEIGHT_DECAY=10.0, code=1)
-    assert "loss is" in text and "lower LEARNING_RATE" in text
+# --------------------------------------------------------------------------------------
+# What a training leaves
+
+
+@pytest.fixture(scope="module")
+def whole(mels, tmp_path_factory):
+    """The output folder of a toy training in float32, in this process, pictures and all."""
+    folder = tmp_path_factory.mktemp("whole")
+    text = train(folder, mels, toy=PLAIN)
+    assert "epoch   5/5" in text
+    return folder / "output"
 
 
 def test_outputs_are_those_of_the_contract(trained):
-    assert {p.name for p in trained.iterdir()} == {"best_model.pth", "last_checkpoint.pth", "history.csv", "training_history.png", "confusion_matrix.png",
-                                                   "classification_report.txt", "metrics.json", "test_predictions.csv", "split.csv", "run.json", "test_report.png"}  # fmt: skip
-    header = lambda name: (trained / name).read_text().splitlines()[0]  # noqa: E731
-    assert header("history.csv") == "epoch,train_loss,train_accuracy,val_loss,val_accuracy,val_uar,learning_rate,seconds,train_clips_per_s"
-    assert header("test_predictions.csv") == "stem,actor,true_class,predicted_class,Angry,Disgust,Fear,Happy,Neutral,Sad"
-    assert header("split.csv") == "stem,actor,emotion,split"
-    metrics, rows = json.loads((trained / "metrics.json").read_text()), pd.read_csv(trained / "test_predictions.csv")
-    assert metrics["test"]["accuracy"] == pytest.approx((rows.true_class == rows.predicted_class).mean())
-    assert metrics["test"]["uar"] == pytest.approx((rows.true_class == rows.predicted_class).groupby(rows.true_class).mean().mean())
-    assert metrics["test"].keys() == metrics["val"].keys() == {"accuracy", "uar", "macro_f1", "ece", "ece_before", "n_clips", "n_actors", "uar_ci95"}
-    assert metrics["test"]["n_actors"] == 1 and metrics["test"]["uar_ci95"] is None
-    assert np.allclose(rows[list(trainer.EMOTIONS.values())].sum(axis=1), 1, atol=1e-5)
-    checkpoint = torch.load(trained / "best_model.pth", weights_only=True)
-    assert {"format_version", "model_state_dict", "model_config", "mel_config", "normalization", "max_width", "classes", "temperature", "epoch", "metrics", "training_config", "versions"} == checkpoint.keys()
+    """By the real command line: exit status 0."""
+    assert {path.name for path in trained.iterdir()} == OUTPUTS
+    columns = {
+        "history.csv": "epoch,train_loss,train_accuracy,val_loss,val_accuracy,val_uar,"
+        "learning_rate,seconds,train_clips_per_s",
+        "test_predictions.csv": "stem,actor,true_class,predicted_class," + ",".join(NAMES),
+        "split.csv": "stem,actor,emotion,split",
+    }
+    for name, header in columns.items():
+        assert (trained / name).read_text().splitlines()[0] == header
+    rows = pd.read_csv(trained / "test_predictions.csv")
+    assert np.allclose(rows[NAMES].sum(axis=1), 1, atol=1e-5)
+    assert (rows[NAMES].idxmax(axis=1) == rows.predicted_class).all()
+    metrics = json.loads((trained / "metrics.json").read_text())
+    keys = {"accuracy", "uar", "macro_f1", "ece", "ece_before", "n_clips", "n_actors", "uar_ci95"}
+    assert metrics["test"].keys() == metrics["val"].keys() == keys
+    assert {"best_epoch", "split", "seed", "device", "amp"} <= metrics.keys()
+    assert metrics["test"]["n_actors"] == 1
+    assert metrics["test"]["uar_ci95"] is None
+    record = json.loads((trained / "run.json").read_text())
+    assert record["constants"]["SEED"] == 42
+    assert len(record["constants"]["SPLIT_SHA256"]) == 64
+    assert record["versions"]["torch"] == importlib.metadata.version("torch")
+    assert record["threads"] == 1
+    assert record["seconds"] > 0
+
+
+def test_the_model_file_is_version_2_and_tells_no_path(whole):
+    path = whole / "best_model.pth"
+    checkpoint = load(path)
+    keys = {"format_version", "model_state_dict", "model_config", "mel_config", "normalization"}
+    keys |= {"max_width", "classes", "temperature", "epoch", "metrics", "training_config"}
+    keys |= {"versions", "speakers", "level"}
+    assert checkpoint.keys() == keys
+    assert checkpoint["format_version"] == 2
+    assert set(checkpoint["mel_config"]) == set(trainer.MEL_SETTINGS)
+    assert checkpoint["level"].keys() == {"median", "low", "high"}
+    split = read_table(whole / "split.csv")
+    for part in ("train", "val"):
+        actors = {row["actor"] for row in split if row["split"] == part}
+        assert checkpoint["speakers"][part] == sorted(actors)
+    assert set(checkpoint["speakers"]) == {"train", "val"}
+    for folder in (whole.parent.parent, ROOT):
+        assert os.fsencode(folder) not in path.read_bytes(), "a path of the training machine"
+    codes = [(entry["code"], entry["name"]) for entry in checkpoint["classes"]]
+    assert codes == list(trainer.EMOTIONS.items())
+
+
+def read_clips(mels, folder, part, normalization):
+    """A part's originals, normalised, and their labels, read without the trainer's help."""
+    mean, std = (torch.tensor(normalization[name]) for name in ("mean", "std"))
+    rows = [row for row in read_table(folder / "split.csv") if row["split"] == part]
+    clips = []
+    for row in rows:
+        mel = np.load(mels / row["emotion"] / f"{row['stem']}_original.npy")
+        clips.append((torch.from_numpy(mel.T) - mean) / std)
+    label = torch.tensor([list(trainer.EMOTIONS).index(row["emotion"]) for row in rows])
+    return rows, clips, label
 
 
 def test_what_is_saved_is_what_was_validated(mels, tmp_path):
-    """The averaged weights, in evaluation mode, on the validation actors' originals; the temperature is theirs."""
-    train(tmp_path, mels, EPOCHS=1, WARMUP_EPOCHS=2)
-    best, last = (torch.load(tmp_path / "output" / name, weights_only=True) for name in ("best_model.pth", "last_checkpoint.pth"))
-    assert all(torch.equal(value, last["average"][f"module.{name}"]) for name, value in best["model_state_dict"].items())
-    assert not all(torch.equal(value, last["model"][name]) for name, value in best["model_state_dict"].items())
-    model, _ = trainer.read_best(tmp_path / "output/best_model.pth", torch.device("cpu"))
-    split = pd.read_csv(tmp_path / "output/split.csv")
-    split = split[split.split == "val"]
-    mean, std = (torch.tensor(best["normalization"][name]) for name in ("mean", "std"))
-    clips = [(torch.from_numpy(np.load(mels / emotion / f"{stem}_original.npy").T) - mean) / std for stem, emotion in zip(split.stem, split.emotion, strict=True)]
-    label = torch.tensor([list(trainer.EMOTIONS).index(code) for code in split.emotion])
-    logits = trainer.logits_of(model, clips, 4, torch.device("cpu"))
-    (row,) = history(tmp_path / "output")
-    assert float(row["val_loss"]) == pytest.approx(float(nn.functional.cross_entropy(logits, label)), rel=1e-5)
-    assert best["temperature"] == pytest.approx(trainer.fit_temperature(logits, label))
-    assert float(row["learning_rate"]) == pytest.approx(TOY["LEARNING_RATE"] / 2)  # at the end of the first of two epochs of warm-up
+    """The averaged weights, in evaluation mode, on the validation actors' originals."""
+    train(tmp_path, mels, toy=QUICK, WARMUP_EPOCHS=2)
+    output = tmp_path / "output"
+    best, last = (load(output / name) for name in ("best_model.pth", "last_checkpoint.pth"))
+    weights = best["model_state_dict"]
+    assert all(torch.equal(value, last["ema"][f"module.{key}"]) for key, value in weights.items())
+    assert not all(torch.equal(value, last["model"][key]) for key, value in weights.items())
+    model = trainer.EmotionClassifier(**best["model_config"])
+    model.load_state_dict(weights)
+    _, clips, label = read_clips(mels, output, "val", best["normalization"])
+    logits = trainer.predict_logits(model, clips, 4, CPU)
+    [row] = read_history(output)
+    loss = float(nn.functional.cross_entropy(logits, label))
+    assert float(row["val_loss"]) == pytest.approx(loss, rel=1e-4)
+    assert best["temperature"] == pytest.approx(trainer.fit_temperature(logits, label), rel=0.03)
+    # The end of the first of two epochs of warm-up.
+    assert float(row["learning_rate"]) == pytest.approx(TOY["LEARNING_RATE"] / 2)
 
 
-def test_figures_of_a_side():
-    """Where emotions differ in frequency, against scikit-learn; the interval narrows with actors who are alike."""
+def test_figures_of_the_test_are_the_tests_and_of_validation_validations(mels, tmp_path):
+    """Parts of different sizes and difficulty, so that none can pass for the other.
+
+    From the saved model and the files alone; the report's figures are scikit-learn's.
+    """
+    stems = sorted(path.stem.removesuffix("_original") for path in mels.rglob("*_original.npy"))
+    parts = {"1001": "test", "1002": "test", "1003": "val"}
+    lines = [f"{s},{parts.get(s[:4], 'train')}\n" for s in stems if s[:4] != "1002" or "SAD" in s]
+    (tmp_path / "split.csv").write_text("stem,split\n" + "".join(lines))
+    train(tmp_path, mels, toy=PLAIN, SPLIT=str(tmp_path / "split.csv"), save_figure=no_pictures)
+    output = tmp_path / "output"
+    metrics = json.loads((output / "metrics.json").read_text())
+    best = load(output / "best_model.pth")
+    model = trainer.EmotionClassifier(**best["model_config"])
+    model.load_state_dict(best["model_state_dict"])
+    found = {}
+    for part, n_clips, n_actors in (("test", 7, 2), ("val", 6, 1)):
+        rows, clips, label = read_clips(mels, output, part, best["normalization"])
+        logits = trainer.predict_logits(model, clips, 16, CPU)
+        found[part] = metrics[part]
+        assert (metrics[part]["n_clips"], metrics[part]["n_actors"]) == (n_clips, n_actors)
+        answer = logits.argmax(1)
+        assert metrics[part]["accuracy"] == pytest.approx(float((answer == label).float().mean()))
+        assert metrics[part]["uar"] == pytest.approx(recall_score(label, answer, average="macro"))
+        before = trainer.calibration_error(logits.softmax(1), label)
+        assert metrics[part]["ece_before"] == pytest.approx(before, abs=1e-4)
+        if part == "test":
+            tested = rows, logits, label
+    assert found["test"]["ece_before"] != found["val"]["ece_before"]
+    rows, logits, label = tested
+    table = pd.read_csv(output / "test_predictions.csv", dtype={"actor": str})
+    assert table.stem.tolist() == [row["stem"] for row in rows]
+    assert table.actor.tolist() == [row["actor"] for row in rows]
+    assert table.true_class.tolist() == [NAMES[i] for i in label]
+    expected = (logits / best["temperature"]).softmax(1).numpy()
+    assert np.allclose(table[NAMES], expected, atol=1e-4)
+    report = (output / "classification_report.txt").read_text()
+    theirs = classification_report(
+        table.true_class, table.predicted_class, digits=3, labels=NAMES, zero_division=0
+    )
+    assert report.split() == theirs.split()
+    history = read_history(output)
+    best_row = history[metrics["best_epoch"] - 1]
+    assert float(best_row["val_accuracy"]) == pytest.approx(metrics["val"]["accuracy"])
+    assert metrics["best_epoch"] == best["epoch"]
+    model_file = (output / "best_model.pth").read_bytes()
+    assert os.fsencode(tmp_path) not in model_file, "the path of the split is in the model"
+
+
+def test_an_emotion_absent_from_the_test_counts_nowhere(mels, tmp_path):
+    """UAR on the screen, in metrics.json and in the report are one figure; its row is a dash."""
+    shutil.copytree(mels, tmp_path / "mels")
+    for path in (tmp_path / "mels").glob("SAD/*"):
+        if int(path.name[:4]) < 1003:
+            path.unlink()
+    stems = {path.stem.split("_pitch")[0] for path in (tmp_path / "mels").rglob("*.npy")}
+    parts = {"1001": "test", "1002": "test", "1003": "val"}
+    lines = [f"{s},{parts.get(s[:4], 'train')}\n" for s in sorted(stems) if "original" in s]
+    text = "".join(lines).replace("_original", "")
+    (tmp_path / "split.csv").write_text("stem,split\n" + text)
+    figures = {}
+
+    def keep_figure(figure, path, dpi=200):
+        figures[path.name] = figure
+
+    toy = PLAIN | {"save_figure": keep_figure, "SPLIT": str(tmp_path / "split.csv")}
+    text = train(tmp_path, tmp_path / "mels", toy=toy)
+    assert "no clip of SAD to test" in text
+    metrics = json.loads((tmp_path / "output/metrics.json").read_text())["test"]
+    report = (tmp_path / "output/classification_report.txt").read_text()
+    average = re.search(r"macro avg +(\S+) +(\S+) +(\S+)", report)
+    assert float(average[2]) == pytest.approx(metrics["uar"], abs=5e-4)
+    assert float(average[3]) == pytest.approx(metrics["macro_f1"], abs=5e-4)
+    assert "Sad" not in report
+    [shown] = re.findall(r"^test +\S+ % +(\S+) %", text, flags=re.M)
+    assert float(shown) == pytest.approx(100 * metrics["uar"], abs=0.05)
+    cells = cells_of(figures["confusion_matrix.png"])
+    assert cells[-6:] == ["\u2013"] * 6
+    assert "\u2013" not in cells[:-6]
+
+
+def cells_of(figure):
+    """The texts of a confusion matrix, row by row."""
+    texts = figure.axes[0].texts
+    ordered = sorted(texts, key=lambda text: text.get_position()[::-1])
+    return [text.get_text() for text in ordered]
+
+
+def test_the_confusion_matrix_has_a_row_for_each_true_class(constants, tmp_path):
+    figures = []
+    constants(save_figure=lambda figure, path, dpi=200: figures.append(figure))
+    true, predicted = ["a", "a", "b", "b"], ["a", "b", "b", "b"]
+    trainer.plot_confusion(tmp_path / "a.png", true, predicted, ["a", "b"], "title")
+    assert cells_of(figures[0]) == ["1\n50 %", "1\n50 %", "0\n0 %", "2\n100 %"]
+    axes = figures[0].axes[0]
+    assert ("True" in axes.get_ylabel(), "Predicted" in axes.get_xlabel()) == (True, True)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+# --------------------------------------------------------------------------------------
+# Figures
+
+
+def test_figures_against_scikit_learn():
+    """Where emotions differ in frequency and one is absent."""
     random = np.random.default_rng(0)
-    label = torch.from_numpy(random.choice(6, 600, p=[0.4, 0.3, 0.1, 0.1, 0.05, 0.05]))
-    answer = torch.where(torch.from_numpy(random.random(600)) < 0.2 + 0.1 * label, label, (label + 1) % 6)
+    label = torch.from_numpy(random.choice(5, 600, p=[0.4, 0.3, 0.1, 0.1, 0.1]))
+    is_right = torch.from_numpy(random.random(600)) < 0.2 + 0.1 * label
+    answer = torch.where(is_right, label, (label + 1) % 6)
     logits = 3.0 * nn.functional.one_hot(answer, 6)
     actors = np.repeat([f"a{i}" for i in range(30)], 20)
-    found = trainer.measure(logits, label, actors, 2.0)
+    found = trainer.compute_metrics(logits, label, actors, 2.0)
+    occurring = {"average": "macro", "labels": range(5)}
+    assert (found["n_clips"], found["n_actors"]) == (600, 30)
     assert found["accuracy"] == pytest.approx(float((answer == label).float().mean()))
-    assert found["uar"] == pytest.approx(recall_score(label, answer, average="macro")) and abs(found["uar"] - found["accuracy"]) > 0.02
-    assert found["macro_f1"] == pytest.approx(f1_score(label, answer, average="macro"))
-    assert found["ece"] == pytest.approx(trainer.calibration_error((logits / 2).softmax(1), label)) != found["ece_before"]
+    assert found["uar"] == pytest.approx(recall_score(label, answer, **occurring))
+    assert abs(found["uar"] - found["accuracy"]) > 0.02
+    assert found["macro_f1"] == pytest.approx(f1_score(label, answer, **occurring))
+    after = trainer.calibration_error((logits / 2).softmax(1), label)
+    assert found["ece"] == pytest.approx(after)
+    assert found["ece"] != found["ece_before"]
     low, high = found["uar_ci95"]
-    assert low < found["uar"] < high and 0.03 < high - low < 0.2
-    bad = np.isin(actors, [f"a{i}" for i in range(15)])
-    low, high = trainer.uar_interval(label, torch.where(torch.from_numpy(bad), label, (label + 1) % 6), actors)
-    assert low < 0.4 and high > 0.6  # people who differ widen it
+    assert low < found["uar"] < high
+    assert 0.03 < high - low < 0.2
+    assert found["uar_ci95"] == trainer.uar_interval(label, answer, actors)
 
 
-def test_confusion_matrix_has_a_row_for_each_true_class(monkeypatch, tmp_path):
-    import seaborn
-
-    seen, heatmap = [], seaborn.heatmap
-    monkeypatch.setattr(seaborn, "heatmap", lambda percent, **looks: seen.append((percent, looks["annot"])) or heatmap(percent, **looks))
-    trainer.plot_confusion(tmp_path / "a.png", ["a", "a", "b", "b"], ["a", "b", "b", "b"], ["a", "b"], "title")
-    assert seen[0][0].tolist() == [[50, 50], [0, 100]] and seen[0][1] == [["1\n50 %", "1\n50 %"], ["0\n0 %", "2\n100 %"]]
+def test_the_interval_is_over_actors():
+    """People who differ widen it; one alone has none."""
+    label = torch.arange(600) % 6
+    actors = np.repeat([f"a{i}" for i in range(30)], 20)
+    is_good = torch.from_numpy(np.isin(actors, [f"a{i}" for i in range(15)]))
+    answer = torch.where(is_good, label, (label + 1) % 6)
+    low, high = trainer.uar_interval(label, answer, actors)
+    assert low < 0.4
+    assert high > 0.6
+    mixed = torch.where(torch.arange(600) // 6 % 2 == 0, label, (label + 1) % 6)
+    narrow = trainer.uar_interval(label, mixed, actors)
+    assert narrow[1] - narrow[0] < (high - low) / 2
+    assert trainer.uar_interval(label, answer, np.repeat("a0", 600)) is None
 
 
 def test_calibration_error_and_temperature():
@@ -531,196 +930,671 @@ def test_calibration_error_and_temperature():
     assert trainer.fit_temperature(5 * logits, label) == pytest.approx(5, rel=0.02)
 
 
-def test_hidden_parts_are_within_the_clip(constants):
-    constants(TIME_MASK=8, MEL_MASK=4)
-    torch.manual_seed(0)
-    lengths = torch.tensor([40, 6] * 100)
-    x = torch.ones(200, 40, 128) * trainer.inside(lengths, 40)[:, :, None]
-    hidden = trainer.hide_parts(x.clone(), lengths)
-    rows = (hidden[::2] == 0).all(2).sum(1)
-    assert rows.max() == 8 and rows.min() == 0
-    assert (hidden[1::2, :6] == 0).all(2).sum(1).max() == 3  # at most half of a short clip
-    assert (hidden[::2] == 0).all(1).sum(1).max() == 4
-
-
-# ---- bad input
-
-
-@pytest.fixture
-def refused(constants, monkeypatch, tmp_path, capfd):
-    """What main() says when it refuses these constants: in this process, because PyTorch's import takes seconds."""
-
-    def go(**values):
-        constants(**TOY | {"OUTPUT_DIR": str(tmp_path / "output")} | values)
-        monkeypatch.setattr(sys, "argv", ["cremad_custom2.py"])
-        with pytest.raises(SystemExit) as end:
-            trainer.main()
-        assert isinstance(end.value.code, str), end.value.code  # Python prints it and exits with 1
-        return end.value.code
-
-    return go
-
-
-@pytest.mark.parametrize("name, value, word", [("EPOCHS", "many", "whole number"), ("SEED", 10**15, "to 4294967295"), ("BATCH_SIZE", 1, "BATCH_SIZE = 1"), ("DROPOUT", 1.5, "DROPOUT = 1.5"), ("AMP", "fp8", "AMP"), ("DEVICE", "toaster", "toaster"),
-                                               ("SPLIT", "by mood", "by mood"), ("MEL_DIR", "nowhere", "no folder"), ("RESUME", 1, "True or False"), ("CHANNELS", (1, 2), "four"), ("STRIDES", 2, "four pairs"), ("HEADS", 5, "divisor"),
-                                               ("BATCH_SIZE", 5000, "lower BATCH_SIZE")])  # fmt: skip
-def test_wrong_constants_are_a_sentence(mels, tmp_path, refused, name, value, word):
-    assert word in refused(**{"MEL_DIR": str(mels), name: value})
-    assert not list(tmp_path.glob("output/*.pth"))
-
-
-def test_a_device_that_cannot_compute_is_a_sentence(mels, refused, monkeypatch):
-    def too_old(device):
-        raise RuntimeError("CUDA error: no kernel image is available")
-
-    monkeypatch.setattr(trainer, "compute_on", too_old)
-    assert 'no kernel image is available): take "cpu"' in refused(MEL_DIR=str(mels))
-
-
-def test_an_editor_without_a_terminal(refused, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as IDLE's and a notebook's, it cannot be reconfigured
-    assert "is no folder" in refused(MEL_DIR="nowhere")
-
-
-def test_wrong_spectrogram_folders_are_a_sentence(corpus, mels, tmp_path, refused):
-    (tmp_path / "empty").mkdir()
-    assert "mel_config.json" in train(tmp_path / "run", tmp_path / "empty", code=1)
-    shutil.copy(mels / "mel_config.json", tmp_path / "empty")
-    assert "holds no EMO/*.npy" in refused(MEL_DIR=str(tmp_path / "empty"))
-    (tmp_path / "two").mkdir()
-    for path in (p for p in corpus.iterdir() if p.name < "1003"):
-        shutil.copy(path, tmp_path / "two")
-    generate(tmp_path / "two", tmp_path / "two_mels")
-    assert "at least three" in refused(MEL_DIR=str(tmp_path / "two_mels"))
-
-
-@pytest.mark.parametrize("damage, word", [(lambda p: p.write_bytes(p.read_bytes()[:-100]), "no whole|not a whole"), (lambda p: p.write_bytes(b""), "not a whole"), (lambda p: np.save(p, np.array([{}]), allow_pickle=True), "not a whole"),
-                                          (lambda p: np.save(p, np.zeros((64, 9), np.float32)), "64, 9"), (lambda p: np.save(p, np.full((128, 9), np.nan, np.float32)), "not finite"),
-                                          (lambda p: p.rename(p.with_name("1001_DFA_ANG_X0.npy")), "variant")])  # fmt: skip
-def test_damaged_spectrograms_are_named(mels, tmp_path, refused, damage, word):
-    shutil.copytree(mels, tmp_path / "mels")
-    path = sorted((tmp_path / "mels").glob("ANG/*_original.npy"))[0]
-    damage(path)
-    text = refused(MEL_DIR=str(tmp_path / "mels"))
-    assert re.search(word, text) and path.name[:10] in text
-
-
-# ---- torchrun
-
-
-def torchrun(script, code=0):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert (done.returncode == 0) == (code == 0), done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def test_two_processes_train_as_one_and_resume(mels, tmp_path):
-    def script(name, **constants):
-        return edited_trainer(tmp_path / name, **TOY | {"MEL_DIR": str(mels), "OUTPUT_DIR": str(tmp_path / name / "output"), "BATCH_SIZE": 8, "AMP": "off", "EPOCHS": 2} | constants)
-
-    whole = script("whole")
-    code = whole.read_text()
-    whole.write_text(code.replace("    train(run)\n", '    train(run)\n    torch.save(list(run.model.parameters()), f"rank{RANK}.pth")\n'))
-    text = torchrun(whole)
-    whole.write_text(code)
-    ours, theirs = (torch.load(tmp_path / f"whole/rank{rank}.pth", weights_only=True) for rank in (0, 1))
-    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True)), "the processes' weights went apart"
-    assert text.count("epoch   1/2") == 1, "one process speaks"
-    rows = history(tmp_path / "whole/output")
-    metrics = json.loads((tmp_path / "whole/output/metrics.json").read_text())
-    best = rows[metrics["best_epoch"] - 1]
-    assert float(rows[0]["learning_rate"]) == pytest.approx(TOY["LEARNING_RATE"] * 2**0.5)
-    assert len(rows) == 2 and float(best["val_accuracy"]) == pytest.approx(metrics["val"]["accuracy"])  # read back by one process
-    torchrun(script("cut", EPOCHS=1))
-    torchrun(script("cut", RESUME=True))
-    assert history(tmp_path / "cut/output") == rows
-    text = run(script("cut", RESUME=True, EPOCHS=3), code=1)
-    assert "PROCESSES was 2, now 1" in text
-    text = torchrun(script("nan", LEARNING_RATE=1e6, GRADIENT_CLIP=1e30, WARMUP_EPOCHS=0, EPOCHS=50, PATIENCE=50), code=1)
-    assert "loss is" in text
-
-
-def test_processes_share_one_draw(constants):
-    """Both ranks' clips together are the draw of a batch twice the size, and each rank's have like lengths."""
-    constants(BATCH_SIZE=8, PROCESSES=2)
-    data = trainer.Spectrograms.__new__(trainer.Spectrograms)
-    data.label, data.length = torch.arange(96) % 6, torch.arange(96) + 10
-    batches, _ = trainer.draw_epoch(data, torch.arange(96), torch.Generator().manual_seed(0))
-    assert batches.shape == (6, 16)
-    shares = [batches[:, rank::2] for rank in (0, 1)]
-    assert torch.equal(torch.cat(shares, 1).sort(1).values, batches.sort(1).values)
-    assert (data.length[shares[0]].float().mean(1) - data.length[shares[1]].float().mean(1)).abs().max() < 8
-
-
-def test_processes_vary_their_clips_each_in_its_own_way(constants, monkeypatch):
-    """A CPU's generator takes the lowest 32 bits of a seed."""
-    seeds, shares, run = set(), [], types.SimpleNamespace(data=None, sides={"train": None}, device="cpu", normalization={"mean": [0.0], "std": [1.0]}, model=nn.Linear(1, 1))
-    monkeypatch.setattr(trainer, "draw_epoch", lambda *_: (torch.arange(6)[None], torch.zeros(1, 6)))
-    monkeypatch.setattr(trainer, "tqdm", lambda own, **_: shares.append(own[0][0].tolist()) or seeds.add(torch.initial_seed() % 2**32) or 1 / 0)
-    for rank, epoch in ((0, 1), (1, 1), (2, 1), (0, 2), (1, 2)):
-        constants(RANK=rank, PROCESSES=3)
-        with pytest.raises(ZeroDivisionError):
-            trainer.train_epoch(run, epoch)
-    assert len(seeds) == 5 and shares[:3] == [[0, 3], [1, 4], [2, 5]]
-
-
-def test_processes_that_differ_end_together(mels, tmp_path):
-    script = edited_trainer(tmp_path, **TOY | {"MEL_DIR": str(mels), "OUTPUT_DIR": str(tmp_path / "output"), "BATCH_SIZE": 8})
-    script.write_text(script.read_text().replace("\nDROPOUT = 0.3", '\nDROPOUT = 0.3 - 0.1 * int(os.environ["RANK"])'))
-    assert torchrun(script, code=1).count("The processes differ in their constants") == 2
-
-
-# ---- reports
-
-
-def test_report_tells_confidence_and_the_worst_mistakes(trained):
-    probabilities = torch.tensor([[0.9, 0.1, 0, 0, 0, 0], [0.8, 0.2, 0, 0, 0, 0], [0.05, 0.95, 0, 0, 0, 0], [0.7, 0.3, 0, 0, 0, 0]])
+def test_reliability_and_the_most_confident_mistakes():
+    probabilities = torch.zeros(4, 6)
+    probabilities[:, :2] = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.05, 0.95], [0.7, 0.3]])
     label = torch.tensor([0, 1, 0, 2])
-    names = list(trainer.EMOTIONS.values())
-    table = pd.DataFrame({"stem": list("abcd"), "true_class": [names[i] for i in label], "predicted_class": [names[i] for i in probabilities.argmax(1)]})
-    worst = trainer.worst_mistakes(table.join(pd.DataFrame(probabilities.numpy(), columns=names)), n=2)
-    assert [(w["stem"], w["true_class"], w["predicted_class"]) for w in worst] == [("c", "Angry", "Disgust"), ("b", "Disgust", "Angry")]
-    assert worst[0]["confidence"] == pytest.approx(0.95)
-    bins = trainer.reliability(probabilities, label, 2)
+    bins = trainer.reliability(probabilities, label, 2)[["confidence", "accuracy", "share"]]
     assert bins.to_numpy().tolist() == [pytest.approx([(0.9 + 0.8 + 0.95 + 0.7) / 4, 0.25, 1.0])]
-    metrics, rows = json.loads((trained / "metrics.json").read_text()), pd.read_csv(trained / "test_predictions.csv").set_index("stem")
+    table = pd.DataFrame(probabilities.numpy(), columns=NAMES)
+    table["stem"] = list("abcd")
+    table["true_class"] = [NAMES[i] for i in label]
+    table["predicted_class"] = [NAMES[i] for i in probabilities.argmax(1)]
+    worst = trainer.most_confident_mistakes(table, n=2)
+    found = [(row["stem"], row["true_class"], row["predicted_class"]) for row in worst]
+    assert found == [("c", "Angry", "Disgust"), ("b", "Disgust", "Angry")]
+    assert worst[0]["confidence"] == pytest.approx(0.95)
+
+
+def test_the_mistakes_told_are_those_of_the_table(whole):
+    metrics = json.loads((whole / "metrics.json").read_text())
+    rows = pd.read_csv(whole / "test_predictions.csv").set_index("stem")
+    assert metrics["most_confident_mistakes"]
     for mistake in metrics["most_confident_mistakes"]:
         row = rows.loc[mistake["stem"]]
-        assert row.true_class == mistake["true_class"] != mistake["predicted_class"] == row.predicted_class
+        assert row.true_class == mistake["true_class"] != mistake["predicted_class"]
+        assert row.predicted_class == mistake["predicted_class"]
         assert row[row.predicted_class] == pytest.approx(mistake["confidence"], abs=1e-6)
-    record = json.loads((trained / "run.json").read_text())
-    assert record["constants"]["SEED"] == 42 and len(record["constants"]["SPLIT_SHA256"]) == 64 and record["versions"]["torch"].startswith("2.13") and record["seconds"] > 0
 
 
-def test_more_spectrograms_than_memory_holds(mels, constants, monkeypatch, tmp_path):
-    """Past half of the memory they stand in a nameless file: the same numbers, and no file left."""
-    constants(OUTPUT_DIR=str(tmp_path))
-    clips = trainer.list_clips(mels)
-    inside, seen = trainer.Spectrograms(clips, 128), []
-    monkeypatch.setattr(trainer.os, "sysconf", lambda name: 1000)
-    memmap = np.memmap
-    monkeypatch.setattr(trainer.np, "memmap", lambda *a, **k: seen.append(1) or memmap(*a, **k))
-    outside = trainer.Spectrograms(clips, 128)
-    train_side = torch.arange(100)
-    assert inside.normalize(train_side) == outside.normalize(train_side) and torch.equal(inside.frames, outside.frames)
-    assert seen and not list(tmp_path.iterdir())
-
-
-def test_report_of_odd_names(tmp_path):
+def test_the_pictures_of_odd_names(tmp_path):
     """Actors whose names are no UTF-8 or look like formulas, no intensities in the names."""
     path = tmp_path / "report.png"
-    names = list(trainer.EMOTIONS.values())
-    table = pd.DataFrame({"stem": ["a_b_ANG"] * 6, "actor": ["\udcff", "$a^$", "${$", "$%$", "e", "f"], "true_class": names, "predicted_class": names})
+    actors = ["\udcff", "$a^$", "${$", "$%$", "e", "f"]
+    table = pd.DataFrame({"stem": ["a_b_ANG"] * 6, "actor": actors})
+    table["true_class"] = table["predicted_class"] = NAMES
     trainer.plot_report(path, table, torch.eye(6), torch.arange(6), 1.0)
     assert path.stat().st_size > 10_000
 
 
+# --------------------------------------------------------------------------------------
+# Resuming
+
+
+def test_a_resumed_run_is_the_unbroken_run(mels, whole, tmp_path):
+    """History and weights to the bit; with different settings it says which."""
+    toy = PLAIN | {"save_figure": no_pictures}
+    train(tmp_path, mels, toy=toy, EPOCHS=3)
+    text = train(tmp_path, mels, toy=toy, RESUME=True)
+    assert "after epoch 3" in text
+    assert "epoch   3/5" not in text
+    output = tmp_path / "output"
+    assert read_history(output) == read_history(whole)
+    for name in ("last_checkpoint.pth", "best_model.pth"):
+        assert not differences(load(output / name), load(whole / name))
+    assert not list(output.glob("earlier_*"))
+    text = train(tmp_path, mels, toy=toy, RESUME=True, DROPOUT=0.5, SEED=1, code=1)
+    assert "DROPOUT was 0.3, now 0.5" in text
+    assert "SEED was 42, now 1" in text
+    shutil.copytree(mels, tmp_path / "mels")
+    for path in (tmp_path / "mels").rglob("*.npy"):
+        np.save(path, np.load(path) + 1)
+    text = train(tmp_path, tmp_path / "mels", toy=toy, RESUME=True, EPOCHS=6, code=1)
+    assert "DATA_SHA256 was" in text
+    assert read_history(output) == read_history(whole)
+
+
+def edit_checkpoint(path, **values):
+    """Changes what a checkpoint says of itself."""
+    torch.save(load(path) | values, path)
+
+
+def test_a_resumed_run_keeps_its_dtype_on_the_same_type_of_device(mels, tmp_path):
+    """A second trial of bfloat16 could end otherwise; on another device it is chosen anew."""
+
+    def no_choice(device):
+        raise AssertionError("chosen anew")
+
+    toy = QUICK | {"AMP": "auto"}
+    train(tmp_path, mels, toy=toy, pick_dtype=lambda device: torch.float32)
+    path = tmp_path / "output/last_checkpoint.pth"
+    metrics = tmp_path / "output/metrics.json"
+    assert (load(path)["dtype"], load(path)["device_type"]) == ("float32", "cpu")
+    edit_checkpoint(path, dtype="bfloat16")
+    train(tmp_path, mels, toy=toy, RESUME=True, EPOCHS=2, pick_dtype=no_choice)
+    assert json.loads(metrics.read_text())["amp"] == "bfloat16"
+    edit_checkpoint(path, dtype="float16", device_type="cuda", scaler={"scale": 2.0})
+    choice = {"pick_dtype": lambda device: torch.float32}
+    text = train(tmp_path, mels, toy=toy, RESUME=True, EPOCHS=3, **choice)
+    assert re.search("Note: .*float16 on cuda.*float32 on cpu", text)
+    assert json.loads(metrics.read_text())["amp"] == "float32"
+    assert len(read_history(tmp_path / "output")) == 3
+
+
+def test_a_damaged_checkpoint_is_told_and_earlier_files_are_kept(mels, tmp_path):
+    assert "starting with epoch 1" in train(tmp_path, mels, toy=QUICK, RESUME=True)
+    output = tmp_path / "output"
+    path = output / "last_checkpoint.pth"
+    sound = path.read_bytes()
+    old = {"model": {}, "average": {}, "history": []}  # as before format_version 2
+    for damage in (b"junk", b"", sound[: len(sound) // 2], old, [1], {"model": 1}):
+        if isinstance(damage, bytes):
+            path.write_bytes(damage)
+        else:
+            torch.save(damage, path)
+        text = train(tmp_path, mels, toy=QUICK, RESUME=True, EPOCHS=2, code=1)
+        assert "last_checkpoint.pth" in text
+        assert "checkpoint" in text
+    path.unlink()
+    os.mkfifo(path)  # opened, it would be waited for
+    text = train(tmp_path, mels, toy=QUICK, RESUME=True, code=1)
+    assert "not a regular file" in text
+    path.unlink()
+    path.write_bytes(sound)
+    (output / "best_model.pth").unlink()
+    assert "best_model.pth is gone" in train(tmp_path, mels, toy=QUICK, RESUME=True, code=1)
+
+
+def test_flipped_bits_are_refused_or_change_nothing(whole, tmp_path):
+    """torch.load checks no CRC: of 12 single flipped bits 9 loaded."""
+    path = tmp_path / "last_checkpoint.pth"
+    sound = (whole / "best_model.pth").read_bytes()
+    path.write_bytes(sound)
+    expected = trainer.read_checkpoint(path)
+    random = np.random.default_rng(0)
+    n_refused = 0
+    for bit in random.integers(8 * len(sound), size=200):
+        flipped = bytearray(sound)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert not differences(trainer.read_checkpoint(path), expected)
+        except trainer.UserError:
+            n_refused += 1
+    assert n_refused > 150, "a flipped weight is not seen"
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(whole, tmp_path, monkeypatch):
+    """Before anything in it is unpacked."""
+    bomb = tmp_path / "bomb.pth"
+    with (
+        zipfile.ZipFile(whole / "best_model.pth") as sound,
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for record in sound.infolist():
+            packed.writestr(record.filename, sound.read(record))
+        packed.writestr("best_model/data/999", bytes(10**7))
+    unpacked = []
+    monkeypatch.setattr(trainer.torch, "load", lambda *_, **__: unpacked.append("load"))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: unpacked.append("testzip"))
+    with pytest.raises(trainer.UserError, match="bomb"):
+        trainer.read_checkpoint(bomb)
+    assert not unpacked
+
+
+def test_a_mistake_of_ours_is_not_told_as_the_users_files_fault(mels, tmp_path):
+    """A bug must be seen as one: a traceback, not "your file is damaged"."""
+    train(tmp_path, mels, toy=QUICK)
+
+    def buggy(*_):
+        raise TypeError("a bug of ours")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError, match="a bug of ours"):
+        patch.setattr(trainer.TrainState, "load_state_dict", buggy)
+        train(tmp_path, mels, toy=QUICK, RESUME=True, EPOCHS=2)
+    with pytest.raises(TypeError, match="a bug of ours"):
+        train(tmp_path, mels, toy=QUICK, clip_level=buggy)
+
+
+def test_earlier_trainings_are_never_overwritten(mels, tmp_path, monkeypatch):
+    """Also when the clock stands still or goes back; a training that failed is one too."""
+    monkeypatch.setattr(trainer.time, "strftime", lambda *_: "20200101-000000")
+    output = tmp_path / "output"
+    train(tmp_path, mels, toy=QUICK)
+    bests = []
+    for seed, code in ((1, 0), (2, 1), (3, 0)):
+        bests.append((output / "best_model.pth").read_bytes())
+        names = {path.name for path in output.iterdir() if path.is_file()}
+        broken = {"LEARNING_RATE": 1e30, "GRADIENT_CLIP": 1e30, "WARMUP_EPOCHS": 0}
+        more = broken if code else {}
+        text = train(tmp_path, mels, toy=QUICK, SEED=seed, code=code, **more)
+        kept = output / f"earlier_20200101-000000{f'-{seed}' if seed > 1 else ''}"
+        assert kept.name in text
+        assert {path.name for path in kept.iterdir()} == names
+        if code:
+            assert not (output / "metrics.json").exists(), "old figures beside the new split"
+            train(tmp_path, mels, toy=QUICK, move_earlier=lambda folder: None)
+    folders = sorted(output.glob("earlier_*"))
+    assert len(folders) == 3
+    assert [(folder / "best_model.pth").read_bytes() for folder in folders] == bests
+
+
+def test_two_trainings_in_one_process_and_the_lock_between(mels, tmp_path):
+    """As a notebook's %run: the folder is let go at the end, also after an error."""
+    train(tmp_path, mels, toy=QUICK)
+    train(tmp_path, mels, toy=QUICK)
+    assert "now 1" in train(tmp_path, mels, toy=QUICK, RESUME=True, SEED=1, code=1)
+    with trainer.folder_lock(tmp_path / "output"):
+        assert "in use" in train(tmp_path, mels, toy=QUICK, code=1)
+    train(tmp_path, mels, toy=QUICK)
+
+
+# --------------------------------------------------------------------------------------
+# Trouble on the way
+
+
+def test_a_full_disk_is_a_sentence(mels, tmp_path):
+    """By the real command line: exit status 1. A limit on a file's size stands for the disk."""
+    train(tmp_path, mels, toy=QUICK)
+    size = (tmp_path / "output/best_model.pth").stat().st_size
+    paths = {"MEL_DIR": str(mels), "OUTPUT_DIR": str(tmp_path / "full")}
+    script = edited_trainer(tmp_path, **PLAIN | {"EPOCHS": 1} | paths)
+    limited = tmp_path / "limited.py"
+    limited.write_text(
+        "import resource, runpy\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2)\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    text = run(limited, cwd=tmp_path, code=1)
+    assert "best_model.pth" in text
+    assert "RESUME = True" in text
+    assert not list((tmp_path / "full").glob(".*.tmp")), "half a file is left"
+
+
+def test_a_loss_that_is_no_number_stops_with_a_sentence(mels, tmp_path):
+    toy = QUICK | {"LEARNING_RATE": 1e30, "GRADIENT_CLIP": 1e30, "WARMUP_EPOCHS": 0}
+    text = train(tmp_path, mels, toy=toy, EPOCHS=30, code=1)
+    assert re.search("loss is (nan|inf)", text)
+    assert "lower LEARNING_RATE" in text
+
+
+def test_more_spectrograms_than_memory_holds(mels, constants, monkeypatch, tmp_path):
+    """Past half of the memory they stand in a nameless file: the same numbers, no file left."""
+    constants(OUTPUT_DIR=str(tmp_path), **PLAIN)
+    clips = trainer.assign_split(trainer.list_clips(mels))
+    inside = trainer.Spectrograms(clips, 128)
+    monkeypatch.setattr(trainer, "memory_limit", lambda: 1e6)
+    seen = []
+    memmap = np.memmap
+
+    def noted(*arguments, **options):
+        seen.append(1)
+        return memmap(*arguments, **options)
+
+    monkeypatch.setattr(trainer.np, "memmap", noted)
+    outside = trainer.Spectrograms(clips, 128)
+    assert seen
+    assert inside.normalization == outside.normalization
+    assert torch.equal(inside.frames, outside.frames)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_memory_is_the_machines_or_less(monkeypatch):
+    monkeypatch.setattr(trainer.os, "sysconf", lambda name: 1000)
+    assert trainer.memory_limit() == 10**6
+
+
+# --------------------------------------------------------------------------------------
+# Notes
+
+
 def test_what_makes_figures_worth_less_is_told(mels, tmp_path):
     stems = sorted(path.stem.removesuffix("_original") for path in mels.glob("*/*_original.npy"))
-    sides = {"1001": "val", "1002": "test"}
-    rows = [f"{stem},{sides.get(stem[:4], 'train')}\n" for stem in stems if "_SAD_" not in stem]
-    (tmp_path / "split.csv").write_text("stem,split\n" + "".join(rows))
-    text = train(tmp_path, mels, SPLIT=str(tmp_path / "split.csv"), EPOCHS=1)
-    for words in ("no clip of SAD to train", "1 actor(s) to test", "step(s) of BATCH_SIZE 16: lower it"):
-        assert words in text
+    parts = {"1001": "val", "1002": "test"}
+    lines = [f"{s},{parts.get(s[:4], 'train')}\n" for s in stems if "_SAD_" not in s]
+    (tmp_path / "split.csv").write_text("stem,split\n" + "".join(lines))
+    text = train(tmp_path, mels, toy=QUICK, SPLIT=str(tmp_path / "split.csv"))
+    assert "no clip of SAD to train" in text
+    assert "1 actor to test" in text
+    assert re.search("5 steps of BATCH_SIZE 16", text)
+    assert "hears all" not in text, "nothing was cut"
+    assert "original" not in text, "a finished corpus is called unfinished"
+    text = train(tmp_path, mels, toy=QUICK, SPLIT="clip")
+    assert "optimistic" in text
+
+
+def test_clips_over_max_width_are_told_with_the_width_that_hears_all(mels, tmp_path):
+    text = train(tmp_path, mels, toy=QUICK, MAX_WIDTH=30)
+    [(n_cut, n_clips, share, longest)] = re.findall(
+        r"(\d+) of (\d+) spectrograms.* ([\d.]+) % .*MAX_WIDTH = (\d+)", text
+    )
+    split = {row["stem"]: row["split"] for row in read_table(tmp_path / "output/split.csv")}
+    lengths = []
+    for path in mels.rglob("*.npy"):
+        stem = re.sub("(_X0)_.*", r"\1", path.stem)
+        if split[stem] == "train" or path.stem.endswith("_original"):
+            lengths.append(np.load(path).shape[1])
+    lengths = np.array(lengths)
+    assert (int(n_cut), int(n_clips)) == ((lengths > 30).sum(), len(lengths))
+    lost = 100 * (lengths - 30).clip(min=0).sum() / lengths.sum()
+    assert float(share) == pytest.approx(lost, abs=0.06)
+    assert int(longest) == lengths.max()
+    assert "hears all" not in train(tmp_path, mels, toy=QUICK, MAX_WIDTH=int(longest))
+
+
+def test_an_unfinished_corpus_is_told(mels, tmp_path):
+    shutil.copytree(mels, tmp_path / "mels")
+    sorted((tmp_path / "mels").glob("ANG/*_original.npy"))[0].unlink()
+    text = train(tmp_path, tmp_path / "mels", toy=QUICK | {"EPOCHS": 1})
+    assert re.search("47 originals.*48", text, flags=re.S)
+    config = json.loads((mels / "mel_config.json").read_text())
+    del config["n_originals"]
+    (tmp_path / "mels/mel_config.json").write_text(json.dumps(config))
+    text = train(tmp_path, tmp_path / "mels", toy=QUICK)
+    assert re.search("47 originals.*no run.*finished", text, flags=re.S)
+
+
+# --------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "name, value, word",
+    [
+        ("EPOCHS", "many", "whole number"),
+        ("EPOCHS", 0, "EPOCHS = 0"),
+        ("SEED", 10**15, "4294967295"),
+        ("BATCH_SIZE", 1, "BATCH_SIZE = 1"),
+        ("BATCH_SIZE", 5000, "lower BATCH_SIZE"),
+        ("HIDDEN", 1, "HIDDEN = 1"),
+        ("HEADS", 5, "divisor"),
+        ("DROPOUT", 1.5, "DROPOUT = 1.5"),
+        ("DROPOUT", float("nan"), "DROPOUT = nan"),
+        ("LEARNING_RATE", True, "LEARNING_RATE = True"),
+        ("MAX_WIDTH", 191.0, "whole number"),
+        ("AMP", "fp8", "AMP"),
+        ("DEVICE", "gpu", "cuda"),
+        ("DEVICE", "toaster", "toaster"),
+        ("DEVICE", "cpu:0", "cpu"),
+        ("DEVICE", "cuda:99", "cuda:99"),
+        ("DEVICE", 0, "DEVICE = 0"),
+        ("SPLIT", "by mood", "by mood"),
+        ("SPLIT", "", "SPLIT"),
+        ("SPLIT", None, "SPLIT"),
+        ("MEL_DIR", "nowhere", "no folder"),
+        ("RESUME", 1, "True or False"),
+        ("WEIGHTED_SAMPLING", "yes", "True or False"),
+        ("CHANNELS", (1, 2), "four"),
+        ("CHANNELS", (8, 8, 8, 0), "four"),
+        ("STRIDES", 2, "four pairs"),
+        ("STRIDES", ((2, 2), (2, 2), (1, 2), (1, 0)), "four pairs"),
+    ],
+)
+def test_a_wrong_constant_is_a_sentence(mels, tmp_path, name, value, word):
+    assert word in train(tmp_path, mels, toy=QUICK, code=1, **{name: value})
+    assert not list(tmp_path.glob("output/*.pth"))
+
+
+@pytest.mark.parametrize("name", trainer.CONSTANTS)
+def test_a_missing_constant_is_a_sentence(mels, tmp_path, name):
+    """EPOCH = 2 in place of EPOCHS."""
+    values = QUICK | {"MEL_DIR": str(mels), "OUTPUT_DIR": str(tmp_path / "output")}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in values.items():
+            patch.setattr(trainer, key, value)
+        patch.delattr(trainer, name)
+        text = call(trainer, code=1)
+    assert f"{name} is missing" in text
+
+
+def test_any_argument_is_an_error_that_says_where_the_constants_are():
+    """By the real command line once: exit status 2."""
+    text = run(ROOT / "cremad_custom2.py", "--epochs", 2, code=2)
+    assert "onstants" in text
+    assert "--epochs" in text
+    for arguments in (("5",), ("-x",), ("--resume",), ("--epochs=2", "output")):
+        assert "onstants" in call(trainer, *arguments, code=2)
+    assert "best_model.pth" in call(trainer, "--help")
+
+
+def test_a_device_that_cannot_compute_is_a_sentence(mels, tmp_path):
+    def too_old(device):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore")
+
+    text = train(tmp_path, mels, toy=QUICK, try_device=too_old, code=1)
+    assert "no kernel image is available" in text
+    assert '"cpu"' in text
+
+
+def test_output_in_the_spectrograms_folder_is_refused(mels, tmp_path):
+    shutil.copytree(mels, tmp_path / "output")
+    before = sorted(tmp_path.rglob("*"))
+    for folder in (tmp_path / "output", tmp_path / "output/../output", f"{tmp_path}/output/"):
+        assert "OUTPUT_DIR" in train(tmp_path, folder, toy=QUICK, code=1)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_editor_without_a_terminal(monkeypatch, constants):
+    """As IDLE's and a notebook's output: it cannot be reconfigured, and may be none at all."""
+    constants(MEL_DIR="nowhere")
+    error = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", error)
+    assert trainer.main([]) == 1
+    assert "no folder" in error.getvalue()
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert trainer.main([]) == 1
+    assert "no folder" in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_mels": "128"},
+        {"n_mels": 0},
+        {"n_mels": None},
+        {"n_mels": 128.0},
+        {"n_mels": True},
+        {"n_mels": 2000},
+        {"hop_length": 0},
+        {"hop_length": 4096},
+        {"hop_length": None},
+        {"sample_rate": "x"},
+        {"sample_rate": 0},
+        {"n_fft": 2**17},
+        {"n_fft": "2048"},
+        {"fmin": -1},
+        {"fmin": "0"},
+        {"fmax": 9000},
+        {"fmax": None},
+        {"fmax": float("nan")},
+        {"n_originals": "48"},
+        {"n_originals": []},
+    ],
+    ids=str,
+)
+def test_wrong_mel_settings_are_a_sentence(mels, tmp_path, change):
+    shutil.copytree(mels, tmp_path / "mels")
+    path = tmp_path / "mels/mel_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    text = train(tmp_path, tmp_path / "mels", toy=QUICK, code=1)
+    assert "mel_config.json" in text
+    assert next(iter(change)) in text
+    assert not list(tmp_path.glob("output/*.pth"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"n_mels": 128}', "\xff\xfe"])
+def test_a_mel_config_that_is_none_is_a_sentence(mels, tmp_path, text):
+    shutil.copytree(mels, tmp_path / "mels")
+    (tmp_path / "mels/mel_config.json").write_text(text, encoding="latin-1")
+    assert "mel_config.json" in train(tmp_path, tmp_path / "mels", toy=QUICK, code=1)
+
+
+def test_wrong_spectrogram_folders_are_a_sentence(corpus, mels, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "mel_config.json" in train(tmp_path, empty, toy=QUICK, code=1)
+    shutil.copy(mels / "mel_config.json", empty)
+    assert "mel_generator.py" in train(tmp_path, empty, toy=QUICK, code=1)
+    (tmp_path / "two").mkdir()
+    for path in corpus.iterdir():
+        if path.name < "1003":
+            shutil.copy(path, tmp_path / "two")
+    generate(tmp_path / "two", tmp_path / "two_mels", "--workers", 1)
+    assert "at least three" in train(tmp_path, tmp_path / "two_mels", toy=QUICK, code=1)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def make_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def bad_header(path):
+    path.write_bytes(path.read_bytes().replace(b"'shape': (", b"'shape': )"))
+
+
+def save(array):
+    return lambda path: np.save(path, array, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "damage, word",
+    [
+        (cut_short, "not a whole"),
+        (lambda path: path.write_bytes(b""), "not a whole"),
+        (bad_header, "not a whole"),
+        (save(np.array([{}])), "not a whole"),
+        (make_pipe, "regular file"),
+        (make_folder, "regular file"),
+        (save(np.zeros((64, 9), np.float32)), "64, 9"),
+        (save(np.zeros((128, 9))), "float64"),
+        (save(np.zeros((128, 0), np.float32)), "128, 0"),
+        (save(np.full((128, 9), np.nan, np.float32)), "not finite"),
+        (lambda path: path.rename(path.with_name("1001_DFA_ANG_X0.npy")), "variant"),
+    ],
+)
+def test_damaged_spectrograms_are_named(mels, tmp_path, damage, word):
+    shutil.copytree(mels, tmp_path / "mels")
+    path = sorted((tmp_path / "mels").glob("ANG/*_original.npy"))[0]
+    damage(path)
+    text = train(tmp_path, tmp_path / "mels", toy=QUICK, code=1)
+    assert word in text
+    assert path.name[:10] in text
+
+
+def test_pipes_are_refused_at_once(mels, tmp_path):
+    """Opened, each would be waited for without end."""
+    shutil.copytree(mels, tmp_path / "mels")
+    make_pipe(tmp_path / "mels/mel_config.json")
+    assert "mel_config.json" in train(tmp_path, tmp_path / "mels", toy=QUICK, code=1)
+    os.mkfifo(tmp_path / "split")
+    text = train(tmp_path, mels, toy=QUICK, SPLIT=str(tmp_path / "split"), code=1)
+    assert "not a regular file" in text
+    text = train(tmp_path, mels, toy=QUICK, OUTPUT_DIR=str(tmp_path / "split"), code=1)
+    assert "split" in text
+
+
+# --------------------------------------------------------------------------------------
+# The environment
+
+
+def load_afresh(environment):
+    """The trainer as another module, read in this environment; returns both afterwards."""
+    spec = importlib.util.spec_from_file_location("afresh", ROOT / "cremad_custom2.py")
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(os.environ, environment, clear=True):
+        spec.loader.exec_module(module)
+        return module, dict(os.environ)
+
+
+def test_what_another_job_left_in_the_environment_is_ignored(mels, tmp_path, monkeypatch):
+    """RANK and WORLD_SIZE mean something under torchrun alone, which sets them all."""
+    left = {"RANK": "1", "WORLD_SIZE": "", "LOCAL_RANK": "x"}
+    for one in ({"RANK": "1"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "4"}, left):
+        module, _ = load_afresh(one)
+        assert (module.RANK, module.WORLD_SIZE) == (0, 1)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    train(tmp_path, mels, toy=QUICK)
+
+
+@pytest.mark.parametrize("value", ["", "0", "x"])
+def test_a_local_world_size_left_over_is_ignored(mels, constants, monkeypatch, value):
+    constants(**PLAIN)
+    clips = trainer.assign_split(trainer.list_clips(mels))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    trainer.Spectrograms(clips, 128)
+
+
+def test_importing_changes_nothing(tmp_path, monkeypatch):
+    """Environment, matplotlib's backend, pandas' options, PyTorch's switches, signals, files."""
+    monkeypatch.chdir(tmp_path)
+
+    def look():
+        switches = (torch.backends.cudnn.allow_tf32, torch.get_num_threads())
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        streams = (sys.stdout, sys.stderr, sys.excepthook)
+        options = pd.get_option("mode.string_storage")
+        return matplotlib.rcParams["backend"], switches, handlers, streams, options
+
+    with matplotlib.rc_context():
+        matplotlib.rcParams["backend"] = "svg"
+        before = look()
+        _, environment = load_afresh({"HOME": str(tmp_path)})
+        assert look() == before
+    assert environment == {"HOME": str(tmp_path)}
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------
+# torchrun
+
+
+def torchrun(script, code=0):
+    """Two processes by the real torchrun; returns what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc_per_node=2", str(script)],
+        cwd=script.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode == 0) == (code == 0), done.stdout
+    return done.stdout
+
+
+OBSERVER = """import shutil, sys
+import torch
+import cremad_custom2 as trainer
+
+fit, save_progress = trainer.fit, trainer.save_progress
+
+def fit_and_keep_weights(state, *arguments):
+    fit(state, *arguments)
+    torch.save(list(state.model.parameters()), f"rank{trainer.RANK}.pth")
+
+def save_and_keep_first_epoch(state, *arguments):
+    save_progress(state, *arguments)
+    if len(state.history) == 1:
+        shutil.copytree("output", "../cut/output")
+
+trainer.fit, trainer.save_progress = fit_and_keep_weights, save_and_keep_first_epoch
+sys.exit(trainer.main([]))
+"""
+
+
+def test_two_processes_train_as_one_and_resume(mels, tmp_path):
+    toy = PLAIN | {"MEL_DIR": str(mels), "BATCH_SIZE": 8, "EPOCHS": 2}
+    whole, cut = (tmp_path / name / "output" for name in ("whole", "cut"))
+    script = edited_trainer(whole.parent, **toy | {"OUTPUT_DIR": str(whole)})
+    script.with_name("observer.py").write_text(OBSERVER)
+    text = torchrun(script.with_name("observer.py"))
+    ours, theirs = (load(tmp_path / f"whole/rank{rank}.pth") for rank in (0, 1))
+    equal = [torch.equal(one, other) for one, other in zip(ours, theirs, strict=True)]
+    assert all(equal), "the processes' weights went apart"
+    assert text.count("epoch   1/2") == 1, "one process speaks"
+    rows = read_history(whole)
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert float(rows[0]["learning_rate"]) == pytest.approx(TOY["LEARNING_RATE"] * 2**0.5)
+    assert len(rows) == 2
+    best = rows[metrics["best_epoch"] - 1]
+    assert float(best["val_accuracy"]) == pytest.approx(metrics["val"]["accuracy"])
+    assert {path.name for path in whole.iterdir()} == OUTPUTS
+    assert len(read_history(cut)) == 1, "nothing is left to resume"
+    torchrun(edited_trainer(cut.parent, **toy | {"OUTPUT_DIR": str(cut), "RESUME": True}))
+    assert read_history(cut) == rows
+    text = train(cut.parent, mels, toy=PLAIN | {"BATCH_SIZE": 8}, RESUME=True, code=1)
+    assert "WORLD_SIZE was 2, now 1" in text
+
+
+def test_processes_end_together_when_one_fails(mels, tmp_path):
+    """A folder in use, which one process alone finds out: the other must not wait for it."""
+    paths = {"MEL_DIR": str(mels), "OUTPUT_DIR": str(tmp_path / "output"), "BATCH_SIZE": 8}
+    script = edited_trainer(tmp_path, **PLAIN | paths)
+    (tmp_path / "output").mkdir()
+    with trainer.folder_lock(tmp_path / "output"):
+        assert "in use" in torchrun(script, code=1)
+
+
+def test_processes_share_one_draw(constants):
+    """Together their clips are one draw, and each process's have like lengths."""
+    constants(BATCH_SIZE=8, WORLD_SIZE=2)
+    data = stand_in(torch.arange(96) + 10, torch.arange(96) % 6)
+    batches, rates = trainer.draw_epoch(data, seeded(0))
+    assert batches.shape == rates.shape == (6, 16)
+    lengths = [data.length[batches[:, rank::2]].float().mean(1) for rank in (0, 1)]
+    assert (lengths[0] - lengths[1]).abs().max() < 8
+
+
+def test_processes_augment_their_clips_each_in_its_own_way(constants):
+    """A CPU's generator takes the lowest 32 bits of a seed."""
+    seeds = set()
+    shares = []
+    model = nn.Linear(1, 1)
+    state = types.SimpleNamespace(device=CPU, model=model, warm_up=lambda *_: None)
+
+    def note(own, *_, **__):
+        shares.append(own[0][0].tolist())
+        seeds.add(torch.initial_seed() % 2**32)
+        raise ZeroDivisionError  # seen enough
+
+    constants(draw_epoch=lambda *_: (torch.arange(6)[None], torch.ones(1, 6)), tqdm=note)
+    for rank, epoch in ((0, 1), (1, 1), (2, 1), (0, 2), (1, 2)):
+        constants(RANK=rank, WORLD_SIZE=3)
+        with contextlib.suppress(ZeroDivisionError):
+            trainer.train_epoch(state, None, epoch)
+    assert len(seeds) == 5
+    assert shares[:3] == [[0, 3], [1, 4], [2, 5]]

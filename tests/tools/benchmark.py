@@ -108,7 +108,7 @@ def make_wavs(clips: list[Path], folder: Path, n: int) -> None:
     """
     folder.mkdir()
     chosen = [clips[i * len(clips) // n] for i in range(n)] if n <= len(clips) else clips
-    for i in tqdm(range(n), desc=f"{n} WAV files", leave=False):
+    for i in tqdm(range(n), desc=f"{n} WAV files", leave=False, disable=None):
         source = chosen[i % len(chosen)]
         again = i // len(chosen)
         first = folder / f"{source.stem}.wav"
