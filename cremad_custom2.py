@@ -37,6 +37,7 @@ import tempfile
 import textwrap
 import time
 import unicodedata
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -217,7 +218,7 @@ def read_mel_config(mel_dir: Path) -> tuple[dict, int | None]:
         settings = {name: config[name] for name in MEL_SETTINGS}
         wrong = wrong_mel_settings(settings)
         n_originals = config.get("n_originals")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         wrong = f"{type(error).__name__}: {error}"
     if wrong:
         raise UserError(
@@ -1139,8 +1140,9 @@ def plot_confusion(
 
 def save_figure(figure: Figure, path: Path, dpi: int = 200) -> None:
     """Writes a figure as a PNG, atomically."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
+    with warnings.catch_warnings(), atomic_write(path) as file:
+        warnings.simplefilter("ignore")  # names may hold letters that the font lacks
+        figure.savefig(file, format="png", dpi=dpi, pil_kwargs={"compress_level": 1})
 
 
 def plot_history(path: Path, history: list[dict], best_epoch: int) -> None:
@@ -1248,7 +1250,7 @@ def predictions_table(
     return table
 
 
-def write_report(output_dir: Path, table: pd.DataFrame, metrics: dict) -> None:
+def write_test_report(output_dir: Path, table: pd.DataFrame, metrics: dict) -> None:
     """Writes metrics.json, test_predictions.csv, report and confusion matrix."""
     from sklearn.metrics import classification_report  # here, because it takes a second to import
 
@@ -1263,7 +1265,7 @@ def write_report(output_dir: Path, table: pd.DataFrame, metrics: dict) -> None:
     plot_confusion(output_dir / "confusion_matrix.png", true, predicted, names, title)
 
 
-def report(
+def report_training(
     output_dir: Path,
     data: Spectrograms,
     clips: pd.DataFrame,
@@ -1296,7 +1298,7 @@ def report(
         "seconds": round(time.perf_counter() - started, 1),
         "most_confident_mistakes": most_confident_mistakes(table),
     }
-    write_report(output_dir, table, metrics)
+    write_test_report(output_dir, table, metrics)
     plot_history(output_dir / "training_history.png", state.history, checkpoint["epoch"])
     packages = ("matplotlib", "numpy", "pandas", "scikit-learn", "seaborn", "torch")
     details = {"constants": config, "device": str(state.device), "seconds": metrics["seconds"]}
@@ -1826,7 +1828,7 @@ def train_model() -> int:
         print_setup(clips, data, state, config)
         fit(state, data, clips, config)
         if RANK == 0:
-            report(output_dir, data, clips, state, config, started)
+            report_training(output_dir, data, clips, state, config, started)
     leave_processes()
     return 0
 

@@ -220,8 +220,18 @@ def repair_wav(path: Path) -> mmap.mmap | None:
 def open_sound(path: Path) -> soundfile.SoundFile:
     """Opens a sound file for reading."""
     file = soundfile.SoundFile(encode_path(path))
+    if file.format == "RAW":  # libsndfile takes any bytes under the name .au for sound
+        raise AudioError("unreadable: Format not recognised.")
     repaired = repair_wav(path) if file.frames == 0 else None
     return file if repaired is None else soundfile.SoundFile(repaired)
+
+
+def check_duration(duration: float, max_duration: float) -> None:
+    """Raises AudioError for a file that is longer than --max_duration, in seconds."""
+    if duration > max_duration:
+        raise AudioError(
+            f"longer than --max_duration: {duration:,.1f} s of at most {max_duration:g}"
+        )
 
 
 def read_samples(
@@ -235,10 +245,7 @@ def read_samples(
         raise AudioError(
             "unreadable: its header does not tell its length; convert it: ffmpeg -i this new.wav"
         )
-    if file.frames > max_duration * rate:
-        raise AudioError(
-            f"longer than --max_duration: {file.frames / rate:,.1f} s of at most {max_duration:g}"
-        )
+    check_duration(file.frames / rate, max_duration)
     first = int(start * rate)
     n_frames = max(0, file.frames - first)
     if seconds is not None:
@@ -283,6 +290,29 @@ def check_samples(samples: np.ndarray) -> None:
         )
 
 
+def decode(
+    path: Path, start: float, seconds: float | None, max_duration: float
+) -> tuple[np.ndarray, int, float]:
+    """A file, or `seconds` of it from `start` on, as it is.
+
+    Returns float32 (frames, channels), the sampling rate, and the whole file's length in seconds.
+    """
+    if path.suffix.lower() in FFMPEG_SUFFIXES:
+        end = max_duration + 1 if seconds is None else start + seconds
+        with tempfile.TemporaryDirectory() as folder:
+            wav = Path(folder, "decoded.wav")
+            length = decode_with_ffmpeg(path, wav, None if math.isinf(end) else end)
+            check_duration(length or 0.0, max_duration)
+            samples, rate, decoded = decode(wav, start, seconds, max_duration)
+        return samples, rate, length or decoded
+    try:
+        with open_sound(path) as file:
+            samples = read_samples(file, start, seconds, max_duration)
+            return samples, file.samplerate, file.frames / file.samplerate
+    except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
+        raise AudioError(f"unreadable: {getattr(error, 'error_string', error)}") from error
+
+
 def load_audio(
     path: Path,
     sample_rate: int,
@@ -298,27 +328,12 @@ def load_audio(
     words, for whatever holds nothing to classify.
     """
     check_file(path)
-    if path.suffix.lower() in FFMPEG_SUFFIXES:
-        end = max_duration + 1 if seconds is None else start + seconds
-        with tempfile.TemporaryDirectory() as folder:
-            wav = Path(folder, "decoded.wav")
-            length = decode_with_ffmpeg(path, wav, None if math.isinf(end) else end)
-            samples, decoded = load_audio(
-                wav, sample_rate, hop_length, start, seconds, max_duration
-            )
-        return samples, length or decoded
-    try:
-        with open_sound(path) as file:
-            rate = file.samplerate
-            duration = file.frames / rate
-            samples = read_samples(file, start, seconds, max_duration)
-    except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
-        raise AudioError(f"unreadable: {getattr(error, 'error_string', error)}") from error
+    samples, rate, duration = decode(path, start, seconds, max_duration)
     check_samples(samples)
     mono = mix_to_mono(samples)
     if np.ptp(mono) == 0:
         end = start + len(mono) / rate
-        part = "" if len(mono) == file.frames else f" from {start:.1f} to {end:.1f} s"
+        part = f" from {start:.1f} to {end:.1f} s" if end - start < duration - 0.01 else ""
         raise AudioError(f"silent: all samples are equal{part}")
     if rate != sample_rate:
         mono = soxr.resample(mono, rate, sample_rate)
@@ -1364,7 +1379,9 @@ def print_notes(rows: list[dict], options: RunOptions, max_window: float) -> Non
         )
 
 
-def report(output_dir: Path, rows: list[dict], checkpoint: dict, options: RunOptions) -> None:
+def report_results(
+    output_dir: Path, rows: list[dict], checkpoint: dict, options: RunOptions
+) -> None:
     """Summary, pictures and, where true classes are known, figures; on the screen too."""
     names = [c["name"] for c in checkpoint["classes"]]
     good = pd.DataFrame([row for row in rows if not row.get("error")])
@@ -1384,10 +1401,12 @@ def report(output_dir: Path, rows: list[dict], checkpoint: dict, options: RunOpt
 def write_page(output_dir: Path, folder: Path, rows: list[dict], checkpoint: dict) -> None:
     """report.html: a row a file, mistakes first where labels are known, all on the disk."""
     names = [c["name"] for c in checkpoint["classes"]]
-    is_wrong = [bool(r["true_class"]) and r["predicted_class"] != r["true_class"] for r in rows]
+    is_labelled = [bool(row["true_class"] and row["predicted_class"]) for row in rows]
+    is_right = [row["true_class"] == row["predicted_class"] for row in rows]
+    is_wrong = [a and not b for a, b in zip(is_labelled, is_right, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: not is_wrong[i])
-    n_labelled = sum(bool(row["true_class"]) for row in rows)
-    n_right = sum(row["true_class"] == row["predicted_class"] != "" for row in rows)
+    n_labelled = sum(is_labelled)
+    n_right = n_labelled - sum(is_wrong)
     summary = count(len(rows), "file")
     if n_labelled:
         summary += f", {n_right} of {n_labelled} labelled ones right"
@@ -1446,6 +1465,7 @@ PAGE = string.Template(r"""<!doctype html>
 <style>
 :root { color-scheme: light dark; --bar: #56b4e988; --top: #e69f00aa; --line: #8886; }
 body { font: 15px/1.35 system-ui, sans-serif; margin: 1rem; }
+[hidden] { display: none !important; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .4rem; }
 th, td { border-bottom: 1px solid var(--line); }
@@ -1495,17 +1515,19 @@ const filter = document.getElementById("filter");
 const sort = document.getElementById("sort");
 
 function compare(a, b) {
-  const x = parseFloat(a), y = parseFloat(b);
-  if (!isNaN(x) && !isNaN(y)) return x - y;
+  const x = +a, y = +b;  // NaN for a name that begins with a digit
+  if (a && b && !isNaN(x) && !isNaN(y)) return x - y;
   return a.localeCompare(b, undefined, { numeric: true });
 }
 function sortBy(column, descending) {
   const value = row => row.cells[column].dataset.v;
-  const sorted = [...rows].sort((a, b) => compare(value(a), value(b)) * (descending ? -1 : 1));
+  const sorted = [...rows];
+  if (column >= 0) sorted.sort((a, b) => compare(value(a), value(b)) * (descending ? -1 : 1));
   heads.forEach((head, i) => {
     if (i === column) head.setAttribute("aria-sort", descending ? "descending" : "ascending");
     else head.removeAttribute("aria-sort");
   });
+  sort.value = column;
   body.append(...sorted);
 }
 function show() {
@@ -1528,7 +1550,7 @@ heads.forEach((head, i) => {
   sort.add(new Option(button.textContent, i));
   for (const row of rows) row.cells[i].dataset.label = i > 3 ? button.textContent : "";
 });
-sort.onchange = () => sort.value < 0 ? body.append(...rows) : sortBy(+sort.value, sort.value == 3);
+sort.onchange = () => sortBy(+sort.value, sort.value == 3);
 filter.onchange = show;
 show();
 
@@ -2086,9 +2108,7 @@ def remove_earlier(args: argparse.Namespace, paths: set[str]) -> None:
 def print_shards_note(args: argparse.Namespace) -> None:
     """Says that shards lie in --output_dir that nobody has joined."""
     if not args.shard and (shards := find_shards(args.output_dir)):
-        print(
-            f"Note: {count(len(shards), 'shard')} lies in {args.output_dir}: --resume joins them."
-        )
+        print(f"Note: {args.output_dir} holds {count(len(shards), 'shard')}: --resume joins them.")
 
 
 def hash_file(path: Path) -> str:
@@ -2224,7 +2244,7 @@ def classify_folder(args: argparse.Namespace) -> int:
             rows = results.publish(paths, labels)
             if not args.shard:
                 remove_earlier(args, earlier - set(paths))
-                report(args.output_dir, rows, checkpoint, options)
+                report_results(args.output_dir, rows, checkpoint, options)
                 if args.embeddings:
                     write_embeddings(args.output_dir, rows, embeddings)
                 if args.visualize:

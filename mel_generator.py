@@ -199,8 +199,18 @@ def repair_wav(path: Path) -> mmap.mmap | None:
 def open_sound(path: Path) -> soundfile.SoundFile:
     """Opens a sound file for reading."""
     file = soundfile.SoundFile(encode_path(path))
+    if file.format == "RAW":  # libsndfile takes any bytes under the name .au for sound
+        raise AudioError("unreadable: Format not recognised.")
     repaired = repair_wav(path) if file.frames == 0 else None
     return file if repaired is None else soundfile.SoundFile(repaired)
+
+
+def check_duration(duration: float, max_duration: float) -> None:
+    """Raises AudioError for a file that is longer than --max_duration, in seconds."""
+    if duration > max_duration:
+        raise AudioError(
+            f"longer than --max_duration: {duration:,.1f} s of at most {max_duration:g}"
+        )
 
 
 def read_samples(
@@ -214,10 +224,7 @@ def read_samples(
         raise AudioError(
             "unreadable: its header does not tell its length; convert it: ffmpeg -i this new.wav"
         )
-    if file.frames > max_duration * rate:
-        raise AudioError(
-            f"longer than --max_duration: {file.frames / rate:,.1f} s of at most {max_duration:g}"
-        )
+    check_duration(file.frames / rate, max_duration)
     first = int(start * rate)
     n_frames = max(0, file.frames - first)
     if seconds is not None:
@@ -262,6 +269,29 @@ def check_samples(samples: np.ndarray) -> None:
         )
 
 
+def decode(
+    path: Path, start: float, seconds: float | None, max_duration: float
+) -> tuple[np.ndarray, int, float]:
+    """A file, or `seconds` of it from `start` on, as it is.
+
+    Returns float32 (frames, channels), the sampling rate, and the whole file's length in seconds.
+    """
+    if path.suffix.lower() in FFMPEG_SUFFIXES:
+        end = max_duration + 1 if seconds is None else start + seconds
+        with tempfile.TemporaryDirectory() as folder:
+            wav = Path(folder, "decoded.wav")
+            length = decode_with_ffmpeg(path, wav, None if math.isinf(end) else end)
+            check_duration(length or 0.0, max_duration)
+            samples, rate, decoded = decode(wav, start, seconds, max_duration)
+        return samples, rate, length or decoded
+    try:
+        with open_sound(path) as file:
+            samples = read_samples(file, start, seconds, max_duration)
+            return samples, file.samplerate, file.frames / file.samplerate
+    except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
+        raise AudioError(f"unreadable: {getattr(error, 'error_string', error)}") from error
+
+
 def load_audio(
     path: Path,
     sample_rate: int,
@@ -277,27 +307,12 @@ def load_audio(
     words, for whatever holds nothing to classify.
     """
     check_file(path)
-    if path.suffix.lower() in FFMPEG_SUFFIXES:
-        end = max_duration + 1 if seconds is None else start + seconds
-        with tempfile.TemporaryDirectory() as folder:
-            wav = Path(folder, "decoded.wav")
-            length = decode_with_ffmpeg(path, wav, None if math.isinf(end) else end)
-            samples, decoded = load_audio(
-                wav, sample_rate, hop_length, start, seconds, max_duration
-            )
-        return samples, length or decoded
-    try:
-        with open_sound(path) as file:
-            rate = file.samplerate
-            duration = file.frames / rate
-            samples = read_samples(file, start, seconds, max_duration)
-    except (soundfile.SoundFileError, RuntimeError, OverflowError, MemoryError) as error:
-        raise AudioError(f"unreadable: {getattr(error, 'error_string', error)}") from error
+    samples, rate, duration = decode(path, start, seconds, max_duration)
     check_samples(samples)
     mono = mix_to_mono(samples)
     if np.ptp(mono) == 0:
         end = start + len(mono) / rate
-        part = "" if len(mono) == file.frames else f" from {start:.1f} to {end:.1f} s"
+        part = f" from {start:.1f} to {end:.1f} s" if end - start < duration - 0.01 else ""
         raise AudioError(f"silent: all samples are equal{part}")
     if rate != sample_rate:
         mono = soxr.resample(mono, rate, sample_rate)
@@ -762,10 +777,10 @@ def check_or_write_config(output_dir: Path, config: dict, overwrite: bool) -> No
     if overwrite and path.exists():
         remove_spectrograms(output_dir)
     if not path.exists():
-        if spectrogram := next(output_dir.glob("[A-Z][A-Z][A-Z]/*.npy"), None):
+        if spectrogram := next(iter(list_spectrograms(output_dir)), None):
             raise UserError(
-                f"{output_dir} holds spectrograms ({spectrogram.name}) but no mel_config.json that "
-                "tells their settings: name another --output_dir, or delete them."
+                f"{output_dir} holds spectrograms ({spectrogram}) but no mel_config.json that tells "
+                "their settings: name another --output_dir, or delete them."
             )
         write_config(output_dir, config)
         return
@@ -779,8 +794,8 @@ def check_or_write_config(output_dir: Path, config: dict, overwrite: bool) -> No
             for name in sorted(compared)
             if found[name] != config[name]
         ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): --overwrite starts anew.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: --overwrite starts anew.") from error
     if changed:
         raise UserError(
             f"{output_dir} holds spectrograms with different settings ({'; '.join(changed)}): name "
@@ -804,12 +819,12 @@ def split_name(spectrogram: str) -> tuple[str, str]:
 
 def remove_spectrograms(output_dir: Path) -> None:
     """Deletes what earlier runs wrote, and nothing else; mel_config.json last."""
-    for code in EMOTIONS:
-        for path in output_dir.glob(f"{code}/*.npy"):
-            if any(split_name(path.name)):
-                path.unlink()
-    for path in [*output_dir.glob("skipped*.csv"), output_dir / "mel_config.json"]:
-        path.unlink(missing_ok=True)
+    for path in list_spectrograms(output_dir):
+        (output_dir / path).unlink()
+    for path in output_dir.glob("skipped*.csv"):
+        if re.fullmatch(r"skipped(\.\d+-of-\d+)?\.csv", path.name):
+            path.unlink()
+    (output_dir / "mel_config.json").unlink()
 
 
 def list_spectrograms(output_dir: Path) -> dict[str, int]:
@@ -840,7 +855,8 @@ def find_tasks(clips: list[Clip], config: dict, args: argparse.Namespace) -> lis
             date = (args.input_dir / clip.path).stat().st_mtime_ns
         variants = choose_variants(config["seed"], clip.stem, config["n_augmentations"])
         names = {v: f"{clip.emotion}/{clip.stem}_{v}.npy" for v in variants}
-        missing = [v for v in variants if date is None or dates.get(names[v]) != date]
+        # 2 s: some file systems keep no finer dates
+        missing = [v for v in variants if date is None or abs(dates.get(names[v], 0) - date) > 2e9]
         if missing:
             tasks.append(Task(clip, missing, date))
     return tasks
@@ -979,12 +995,12 @@ def print_table(spectrograms: Iterable[str]) -> None:
 
 
 def print_unknown(spectrograms: Iterable[str], clips: list[Clip]) -> None:
-    """Names the clips that have spectrograms but no sound file (any more)."""
+    """Names the clips that have spectrograms but no usable sound file (any more)."""
     stems = {split_name(path)[0].split("/")[1] for path in spectrograms}
     if unknown := sorted(stems - {clip.stem for clip in clips}):
         names = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
         print(
-            f"Note: {count(len(unknown), 'clip')} with spectrograms here but no file in "
+            f"Note: {count(len(unknown), 'clip')} with spectrograms here but no usable file in "
             f"--input_dir (any more): {names}. They will train on; --overwrite starts anew."
         )
 
@@ -1057,7 +1073,6 @@ def generate_folder(args: argparse.Namespace) -> int:
     config = make_config(args)
     clips, skipped = find_clips(args.input_dir, args.labels)
     print_corpus_note(clips)
-    all_clips = clips
     clips = [clip for clip in clips if in_shard(clip.path, args.shard)]
     skipped = {path: reason for path, reason in skipped.items() if in_shard(path, args.shard)}
     for code in EMOTIONS:
@@ -1075,7 +1090,8 @@ def generate_folder(args: argparse.Namespace) -> int:
             n_originals = sum(path.endswith("_original.npy") for path in spectrograms)
             write_config(args.output_dir, config | {"n_originals": n_originals})
     print_table(spectrograms)
-    print_unknown(spectrograms, all_clips)
+    if not args.shard:
+        print_unknown(spectrograms, [clip for clip in clips if clip.path not in skipped])
     if skipped:
         kinds = Counter(reason.split(":")[0] for reason in skipped.values())
         reasons = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
