@@ -112,6 +112,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's, for the
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
+LOCAL_WORLD_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if UNDER_TORCHRUN else 1  # on this machine
 
 
 class UserError(Exception):
@@ -218,6 +219,8 @@ def read_mel_config(mel_dir: Path) -> tuple[dict, int | None]:
         settings = {name: config[name] for name in MEL_SETTINGS}
         wrong = wrong_mel_settings(settings)
         n_originals = config.get("n_originals")
+        if type(n_originals) not in (int, type(None)):
+            wrong = f"n_originals is {n_originals!r}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         wrong = f"{type(error).__name__}: {error}"
     if wrong:
@@ -232,6 +235,8 @@ def list_clips(mel_dir: Path) -> pd.DataFrame:
     """A row for each spectrogram: path, stem, variant, actor, emotion; sorted by path."""
     rows = []
     for path in (path for code in EMOTIONS for path in sorted(mel_dir.glob(f"{code}/*.npy"))):
+        if path.name.startswith("._"):  # macOS's notes
+            continue
         variant = next((v for v in VARIANT_NAMES if path.stem.endswith(f"_{v}")), None)
         if variant is None:
             raise UserError(
@@ -386,7 +391,7 @@ def memory_limit() -> float:
 def allocate_frames(n_frames: int, n_mels: int) -> np.ndarray:
     """Float32 (n_frames, n_mels): in memory or, if that took half of it, in a file without name."""
     n_bytes = 4 * n_frames * n_mels
-    if n_bytes < memory_limit() / 2 / int(os.environ.get("LOCAL_WORLD_SIZE") or 1):
+    if n_bytes < memory_limit() / 2 / LOCAL_WORLD_SIZE:
         return np.empty((n_frames, n_mels), np.float32)
     file = tempfile.TemporaryFile(dir=OUTPUT_DIR)  # noqa: SIM115  the array keeps it open
     if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process at once
@@ -879,7 +884,9 @@ def pick_device() -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        if device.index is not None:
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("PyTorch finds no GPU")
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
         try_device(device)
     except (RuntimeError, AssertionError) as error:
@@ -1350,7 +1357,7 @@ def print_setup(clips: pd.DataFrame, data: Spectrograms, state: TrainState, conf
 def print_epoch(row: dict, is_best: bool) -> None:
     """The epoch's line."""
     n_left = EPOCHS - row["epoch"]
-    left = f"  at most {n_left * row['seconds'] / 60:.0f} min left" if n_left else ""
+    left = f"  at most {math.ceil(n_left * row['seconds'] / 60)} min left" if n_left else ""
     print(
         f"epoch {row['epoch']:3d}/{EPOCHS}  loss {row['train_loss']:.3f} {row['val_loss']:.3f}  "
         f"accuracy {100 * row['train_accuracy']:4.1f} {100 * row['val_accuracy']:4.1f} %  "

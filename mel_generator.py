@@ -779,7 +779,7 @@ def check_or_write_config(output_dir: Path, config: dict, overwrite: bool) -> No
     if not path.exists():
         if spectrogram := next(iter(list_spectrograms(output_dir)), None):
             raise UserError(
-                f"{output_dir} holds spectrograms ({spectrogram}) but no mel_config.json that tells "
+                f"{output_dir} holds spectrograms ({spectrogram}) but no mel_config.json to tell "
                 "their settings: name another --output_dir, or delete them."
             )
         write_config(output_dir, config)
@@ -1000,8 +1000,8 @@ def print_unknown(spectrograms: Iterable[str], clips: list[Clip]) -> None:
     if unknown := sorted(stems - {clip.stem for clip in clips}):
         names = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
         print(
-            f"Note: {count(len(unknown), 'clip')} with spectrograms here but no usable file in "
-            f"--input_dir (any more): {names}. They will train on; --overwrite starts anew."
+            f"Note: {count(len(unknown), 'clip')} with spectrograms here but no file in --input_dir "
+            f"that can be used (any more): {names}. They will train on; --overwrite starts anew."
         )
 
 
