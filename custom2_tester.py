@@ -1850,7 +1850,7 @@ def read_labels(table: Path, names: dict[str, str]) -> dict[str, dict[str, str]]
 
 def clean(text: str) -> str:
     """Text for a field of a file name: `_` and what a name cannot hold become `-`."""
-    return re.sub(r'[_/\\:*?"<>|\x00-\x1f]', "-", unicodedata.normalize("NFC", text))[:60]
+    return re.sub(r'[_/\\:*?"<>|\x00-\x1f]', "-", unicodedata.normalize("NFC", text))[:45]
 
 
 def nfc(text: str) -> str:

@@ -737,7 +737,7 @@ def label_of(path: str, labels: dict[str, dict[str, str]]) -> tuple[str, str, st
 
 def clean(text: str) -> str:
     """Text for a field of a file name: `_` and what a name cannot hold become `-`."""
-    return re.sub(r'[_/\\:*?"<>|\x00-\x1f]', "-", unicodedata.normalize("NFC", text))[:60]
+    return re.sub(r'[_/\\:*?"<>|\x00-\x1f]', "-", unicodedata.normalize("NFC", text))[:45]
 
 
 def read_labels(table: Path) -> dict[str, dict[str, str]]:
