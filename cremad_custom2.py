@@ -31,6 +31,7 @@ import math
 import os
 import platform
 import re
+import reprlib
 import secrets
 import sys
 import tempfile
@@ -167,6 +168,8 @@ def check_constants() -> None:
         raise_wrong_constant("STRIDES", "four pairs of whole numbers, one for each block")
     if Path(MEL_DIR).resolve() == Path(OUTPUT_DIR).resolve():
         raise_wrong_constant("OUTPUT_DIR", "another folder than MEL_DIR")
+    if START_FROM and Path(START_FROM).resolve().parent == Path(OUTPUT_DIR).resolve():
+        raise_wrong_constant("START_FROM", "outside OUTPUT_DIR, where new files take its place")
 
 
 def raise_wrong_constant(name: str, words: str) -> None:
@@ -184,20 +187,21 @@ def all_positive_ints(values: Any, n: int) -> bool:
 
 def wrong_mel_settings(settings: dict) -> str:
     """What is wrong with mel settings, in words; "" if nothing is."""
+    shown = {name: reprlib.repr(value) for name, value in settings.items()}
     whole = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
     for name, (least, most) in whole.items():
         if type(settings[name]) is not int or not least <= settings[name] <= most:
-            return f"{name} is {settings[name]!r}: must be a whole number, {least:,} to {most:,}"
+            return f"{name} is {shown[name]}: must be a whole number, {least:,} to {most:,}"
     n_fft = settings["n_fft"]
     if settings["n_mels"] > n_fft // 2:
-        return f"n_mels is {settings['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
+        return f"n_mels is {shown['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
     if type(settings["hop_length"]) is not int or not 1 <= settings["hop_length"] <= n_fft:
-        return f"hop_length is {settings['hop_length']!r}: must be 1 to n_fft, {n_fft}"
+        return f"hop_length is {shown['hop_length']}: must be 1 to n_fft, {n_fft}"
     fmin, fmax, nyquist = settings["fmin"], settings["fmax"], settings["sample_rate"] / 2
     if {type(fmin), type(fmax)} - {int, float} or not 0 <= fmin < fmax <= nyquist:
         return (
-            f"fmin is {fmin!r}, fmax {fmax!r}: must be 0 <= fmin < fmax <= {nyquist:g} Hz, "
-            "half of sample_rate"
+            f"fmin is {shown['fmin']}, fmax {shown['fmax']}: must be 0 <= fmin < fmax <= "
+            f"{nyquist:g} Hz, half of sample_rate"
         )
     return ""
 
@@ -432,9 +436,9 @@ class Spectrograms:
         self.start = self.length.cumsum(0) - self.length
         self.n_cut = torch.tensor(n_cut)
         self.level = speaker_levels(clips, np.array(levels))
-        self.normalization, self.varies = self.measure_bands()
-        if start:  # a model to fine-tune expects its own
-            self.normalization = start["normalization"]
+        self.measured, self.varies = self.measure_bands()
+        # A model to fine-tune expects its own normalisation.
+        self.normalization = start["normalization"] if start else self.measured
         mean = torch.tensor(self.normalization["mean"])
         self.frames.sub_(mean).div_(torch.tensor(self.normalization["std"]))
 
@@ -1013,8 +1017,8 @@ def fit(state: TrainState, data: Spectrograms, clips: pd.DataFrame, config: dict
         if not math.isfinite(loss):
             raise UserError(
                 f"The training loss is {loss} in epoch {epoch}: lower LEARNING_RATE "
-                f'({LEARNING_RATE:g}), or set AMP = "off". What is in {OUTPUT_DIR} is from the '
-                "epochs before."
+                f'({LEARNING_RATE:g}), or set AMP = "off", and start anew. What is in {OUTPUT_DIR} '
+                "is from the epochs before."
             )
         seconds = time.perf_counter() - started
         row, temperature = on_rank_0(validate, state, data, loss, accuracy, seconds)
@@ -1544,10 +1548,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         raise OSError(None, "not a regular file", str(path))
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         text = file.read().split("\0")[0]
-    rows = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    try:
+        rows = [{k: v for k, v in row.items() if k is not None} for row in reader]
+    except csv.Error as error:
+        raise OSError(None, f"no readable CSV ({error})", str(path)) from error
     return [
-        {name: unescape_formula(cell, name) for name, cell in row.items() if name is not None}
-        for row in rows
+        {unescape_formula(k, ""): unescape_formula(v, k) for k, v in row.items()} for row in rows
     ]
 
 
@@ -1583,7 +1590,10 @@ def read_checkpoint(path: Path) -> dict:
         if not path.is_file():
             raise OSError(None, "no such file" if not path.exists() else "not a regular file")
         with zipfile.ZipFile(path) as archive:
-            if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+            records = archive.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise ValueError("it is compressed")
+            if sum(record.file_size for record in records) > path.stat().st_size:
                 raise ValueError("it unpacks to more than its size")
             if record := archive.testzip():
                 raise ValueError(f"the checksum of its record {record} is wrong")
@@ -1644,7 +1654,7 @@ def training_config(
     split = clips[["stem", "variant", "split"]].to_csv(index=False, lineterminator="\n")
     split_bytes = split.encode("utf-8", "surrogateescape")
     rounded = {  # last digits differ between machines
-        name: [round(x, 6) for x in values] for name, values in data.normalization.items()
+        name: [round(x, 6) for x in values] for name, values in data.measured.items()
     }
     speakers = {}
     for part in ("train", "val"):
@@ -1854,7 +1864,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             return fail(str(error))
         except torch.OutOfMemoryError:
-            return fail(f"The GPU has too little memory: lower BATCH_SIZE ({BATCH_SIZE}).")
+            return fail(
+                f"The GPU has too little memory: lower BATCH_SIZE ({BATCH_SIZE}), start anew."
+            )
         except OSError as error:
             what = f"{error.filename or OUTPUT_DIR}: {error.strerror or error}"
             return fail(f"{what}. Fix this, set RESUME = True and run again.")

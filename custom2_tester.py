@@ -38,6 +38,7 @@ import multiprocessing
 import os
 import platform
 import re
+import reprlib
 import secrets
 import shutil
 import signal
@@ -84,6 +85,7 @@ MAX_DECODED = 2**27  # samples of all channels that are decoded at once: 512 MB
 MAX_NAME_BYTES = 255  # of a file name, on every usual file system
 DEFAULT_MODEL = Path(__file__).resolve().parent / "tests" / "pretrained" / "crema_d.pth"
 FORMAT_VERSION = 2  # of best_model.pth
+RESULTS = "classification_results"  # the main table
 LEVEL_FILES = 500  # of a folder, whose level is measured
 MIN_LEVEL_FILES = 20  # fewer say too little about a folder
 BATCHES_AHEAD = 4  # batches of files read ahead, sorted by length, and written together
@@ -350,20 +352,21 @@ def load_audio(
 
 def wrong_mel_settings(settings: dict) -> str:
     """What is wrong with mel settings, in words; "" if nothing is."""
+    shown = {name: reprlib.repr(value) for name, value in settings.items()}
     whole = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
     for name, (least, most) in whole.items():
         if type(settings[name]) is not int or not least <= settings[name] <= most:
-            return f"{name} is {settings[name]!r}: must be a whole number, {least:,} to {most:,}"
+            return f"{name} is {shown[name]}: must be a whole number, {least:,} to {most:,}"
     n_fft = settings["n_fft"]
     if settings["n_mels"] > n_fft // 2:
-        return f"n_mels is {settings['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
+        return f"n_mels is {shown['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
     if type(settings["hop_length"]) is not int or not 1 <= settings["hop_length"] <= n_fft:
-        return f"hop_length is {settings['hop_length']!r}: must be 1 to n_fft, {n_fft}"
+        return f"hop_length is {shown['hop_length']}: must be 1 to n_fft, {n_fft}"
     fmin, fmax, nyquist = settings["fmin"], settings["fmax"], settings["sample_rate"] / 2
     if {type(fmin), type(fmax)} - {int, float} or not 0 <= fmin < fmax <= nyquist:
         return (
-            f"fmin is {fmin!r}, fmax {fmax!r}: must be 0 <= fmin < fmax <= {nyquist:g} Hz, "
-            "half of sample_rate"
+            f"fmin is {shown['fmin']}, fmax {shown['fmax']}: must be 0 <= fmin < fmax <= "
+            f"{nyquist:g} Hz, half of sample_rate"
         )
     return ""
 
@@ -632,6 +635,8 @@ def load_model(path: Path, device: torch.device) -> tuple[EmotionClassifier, dic
     """
     checkpoint = read_checkpoint(path)
     wrong = wrong_checkpoint(checkpoint)
+    if not wrong and not all(isinstance(key, str) for key in checkpoint["model_state_dict"]):
+        wrong = "holds weights without a name"
     if not wrong:
         with torch.device("meta"):
             model = EmotionClassifier(**checkpoint["model_config"])
@@ -658,6 +663,8 @@ def wrong_checkpoint(checkpoint: dict) -> str:
     }  # fmt: skip
     if missing := [name for name in types if name not in checkpoint]:
         return f"is no best_model.pth of cremad_custom2.py (it lacks {', '.join(missing)})"
+    if type(checkpoint["format_version"]) is not int:
+        return "contradicts itself (format_version is no whole number)"
     if checkpoint["format_version"] != FORMAT_VERSION:
         return (
             f"has format version {checkpoint['format_version']}, this script reads {FORMAT_VERSION}"
@@ -665,10 +672,8 @@ def wrong_checkpoint(checkpoint: dict) -> str:
     for name, kind in types.items():
         if type(checkpoint[name]) is not kind:
             return f"contradicts itself ({name} is no {kind.__name__})"
-    for part in (wrong_model_config(checkpoint), wrong_values(checkpoint)):
-        if part:
-            return f"contradicts itself ({part})"
-    return ""
+    wrong = wrong_model_config(checkpoint) or wrong_values(checkpoint)
+    return f"contradicts itself ({wrong})" if wrong else ""
 
 
 def wrong_model_config(checkpoint: dict) -> str:
@@ -688,11 +693,13 @@ def wrong_model_config(checkpoint: dict) -> str:
         return "a size in model_config is no whole number from 1 to 100000"
     if not 1 <= n_blocks <= 16 or not all_positive_ints(config["channels"], n_blocks):
         return "channels are not a whole number for each block"
+    if max(config["channels"]) > 10**5:
+        return "channels are over 100000"
     strides = config["strides"]
     if not isinstance(strides, tuple | list) or len(strides) != n_blocks:
         return "strides are not a pair for each block"
-    if not all(all_positive_ints(pair, 2) for pair in strides):
-        return "strides are not pairs of whole numbers"
+    if not all(all_positive_ints(pair, 2) and max(pair) <= 64 for pair in strides):
+        return "strides are not pairs of whole numbers from 1 to 64"
     if config["hidden"] < 2 or 2 * config["hidden"] % config["heads"]:
         return "heads is no divisor of 2 * hidden"
     if type(config["dropout"]) not in (int, float) or not 0 <= config["dropout"] < 1:
@@ -716,9 +723,9 @@ def wrong_values(checkpoint: dict) -> str:
         values = checkpoint["normalization"].get(name)
         if not isinstance(values, list) or len(values) != n_mels:
             return f"normalization has no {name} of {n_mels} mel bands"
-        if not all(type(value) is float and math.isfinite(value) for value in values):
-            return f"normalization's {name} is not of finite numbers"
-    if min(checkpoint["normalization"]["std"]) <= 0:
+        if not all(type(value) is float and abs(value) < 1e6 for value in values):
+            return f"normalization's {name} is not of finite numbers under 1000000"
+    if min(checkpoint["normalization"]["std"]) < 1e-6:
         return "a deviation of the normalization is not above 0"
     classes = checkpoint["classes"]
     if not all(isinstance(c, dict) and c.keys() >= {"code", "name"} for c in classes):
@@ -731,10 +738,10 @@ def wrong_values(checkpoint: dict) -> str:
     level = checkpoint.get("level", {"median": 0.0, "low": -8.0, "high": 8.0})
     if not isinstance(level, dict) or not level.keys() >= {"median", "low", "high"}:
         return "level has no median, low and high"
-    if not all(type(v) in (int, float) and math.isfinite(v) for v in level.values()):
+    if not all(type(v) in (int, float) and abs(v) < 1e6 for v in level.values()):
         return "level is not of finite numbers"
-    if not 0 < checkpoint["temperature"] < math.inf:
-        return "temperature is no number above 0"
+    if not 1e-3 <= checkpoint["temperature"] <= 1e3:
+        return "temperature is no number above 0, from 0.001 to 1000"
     if not 1 <= checkpoint["max_width"] <= 10**6:
         return "max_width is no whole number from 1 to 1000000"
     return ""
@@ -744,7 +751,8 @@ def known_speakers(checkpoint: dict) -> set[str]:
     """The speakers that trained or validated the model, as the checkpoint names them."""
     speakers = checkpoint.get("speakers")
     lists = speakers.values() if isinstance(speakers, dict) else []
-    return {name for names in lists if isinstance(names, list) for name in names}
+    names = [name for part in lists if isinstance(part, list) for name in part]
+    return {name for name in names if isinstance(name, str)}
 
 
 def gpu_or_cpu(cpu: bool) -> torch.device:
@@ -753,7 +761,7 @@ def gpu_or_cpu(cpu: bool) -> torch.device:
     try:
         try_device(device)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).split("\n")[0]
         raise UserError(f"The GPU cannot be used ({reason}): give --cpu.") from error
     return device
 
@@ -769,6 +777,7 @@ class Window(NamedTuple):
     source: Path  # of the file to read: its own, or what ffmpeg decoded
     start: float  # seconds
     n_windows: int  # of the recording
+    error: str = ""  # why it cannot be read, where that is known already
 
 
 class WindowPrediction(NamedTuple):
@@ -824,6 +833,18 @@ def find_input(input_dir: Path) -> tuple[Path, list[str], dict[str, str]]:
     return input_dir, paths, closed
 
 
+def sound_length(path: Path) -> float:
+    """Seconds that a file lasts, by its header; raises AudioError."""
+    check_file(path)
+    try:
+        with open_sound(path) as file:
+            if file.frames > 2**40:  # the header does not tell: reading says so
+                return 0.0
+            return file.frames / file.samplerate
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise AudioError(f"unreadable: {getattr(error, 'error_string', error)}") from error
+
+
 def window_starts(duration: float, window: float, step: float) -> list[float]:
     """Seconds at which the windows of a recording start; the last one ends with it."""
     rest = duration - window
@@ -842,18 +863,19 @@ def list_windows(
     for i, path in enumerate(paths):
         source = folder / path
         starts = [0.0]
+        error = ""
         if options.segments:
-            with contextlib.suppress(AudioError, soundfile.SoundFileError, OSError, RuntimeError):
-                if source.suffix.lower() in FFMPEG_SUFFIXES:  # reading it tells what is wrong
+            try:
+                if source.suffix.lower() in FFMPEG_SUFFIXES:
+                    check_file(source)
                     decode_with_ffmpeg(source, temporary / f"{i}.wav")
                     source = temporary / f"{i}.wav"
-                check_file(source)
-                with open_sound(source) as file:
-                    duration = file.frames / file.samplerate
-                if file.frames <= 2**40:
-                    starts = window_starts(duration, options.window, options.step)
+                starts = window_starts(sound_length(source), options.window, options.step)
+            except AudioError as reason:
+                error = str(reason)
+                (temporary / f"{i}.wav").unlink(missing_ok=True)
         for start in starts:
-            yield Window(path, source, start, len(starts))
+            yield Window(path, source, start, len(starts), error)
 
 
 class HeardWindow(NamedTuple):
@@ -867,6 +889,8 @@ class HeardWindow(NamedTuple):
 
 def read_window(window: Window, mel_config: dict, options: RunOptions) -> HeardWindow:
     """Log-mel spectrogram of a window, or what is wrong with it."""
+    if window.error:
+        return HeardWindow(None, math.nan, math.nan, window.error)
     rate, hop_length = mel_config["sample_rate"], mel_config["hop_length"]
     seconds = options.seconds(mel_config)
     try:
@@ -1423,7 +1447,10 @@ def write_page(output_dir: Path, folder: Path, rows: list[dict], checkpoint: dic
 
 def page_row(row: dict, names: list[str], folder: Path, output_dir: Path, is_wrong: bool) -> str:
     """A file's row of report.html: names escaped, links percent-encoded."""
-    recording = link(os.path.relpath(folder / row["file"], output_dir))
+    try:
+        recording = link(os.path.relpath(folder / row["file"], output_dir))
+    except ValueError:  # Windows: on another drive
+        recording = (folder / row["file"]).absolute().as_uri()
     is_playable = PurePosixPath(row["file"]).suffix.lower() in PLAYABLE_SUFFIXES
     name = html.escape(readable(row["file"]))
     cells = [(name, f'<a {"data-play " if is_playable else ""}href="{recording}">{name}</a>')]
@@ -1733,10 +1760,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         raise OSError(None, "not a regular file", str(path))
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         text = file.read().split("\0")[0]
-    rows = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    try:
+        rows = [{k: v for k, v in row.items() if k is not None} for row in reader]
+    except csv.Error as error:
+        raise OSError(None, f"no readable CSV ({error})", str(path)) from error
     return [
-        {name: unescape_formula(cell, name) for name, cell in row.items() if name is not None}
-        for row in rows
+        {unescape_formula(k, ""): unescape_formula(v, k) for k, v in row.items()} for row in rows
     ]
 
 
@@ -1772,7 +1802,10 @@ def read_checkpoint(path: Path) -> dict:
         if not path.is_file():
             raise OSError(None, "no such file" if not path.exists() else "not a regular file")
         with zipfile.ZipFile(path) as archive:
-            if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+            records = archive.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise ValueError("it is compressed")
+            if sum(record.file_size for record in records) > path.stat().st_size:
                 raise ValueError("it unpacks to more than its size")
             if record := archive.testzip():
                 raise ValueError(f"the checksum of its record {record} is wrong")
@@ -1843,6 +1876,8 @@ def read_labels(table: Path, names: dict[str, str]) -> dict[str, dict[str, str]]
     for row in rows:
         true_class = by_word.get(row.pop("emotion").strip().lower(), "")
         path = nfc(row.pop("file").replace("\\", "/"))
+        if path in labels:
+            raise UserError(f"--labels {table}: {path} stands there twice.")
         rest = {f"label_{k}" if k in taken else k: v for k, v in row.items()}
         labels[path] = {"true_class": true_class} | rest
     return labels
@@ -1867,7 +1902,7 @@ class Results:
         names = [c["name"] for c in checkpoint["classes"]]
         self.folder = folder
         columns = [*RESULT_COLUMNS[:4], *names, *RESULT_COLUMNS[4:]]
-        self.columns = {"classification_results": columns}
+        self.columns = {RESULTS: columns}
         if options.segments:
             columns = ["file", "start_s", "end_s", "predicted_class", "confidence", *names]
             self.columns = {"segments": columns} | self.columns  # a file's own row is written last
@@ -1878,58 +1913,64 @@ class Results:
         return self.folder / f"{kind}.csv{ending}"
 
     def take_up(self, folder: Path, paths: set[str]) -> dict[str, list[dict[str, str]]]:
-        """The rows of classified files that earlier runs with the same model and options left."""
+        """The rows of classified files that earlier runs of this model and options left there.
+
+        An interrupted run's come first. Raises UserError if all that is there is of other options.
+        """
         taken: dict[str, list[dict[str, str]]] = {kind: [] for kind in self.columns}
-        for ending in ("", ".partial"):
-            table = folder / f"classification_results.csv{ending}"
-            if not table.exists() or not self.is_ours(folder / f"run.json{ending}", table):
+        refused = ""
+        is_ours = False
+        for ending in (".partial", ""):
+            rows = {row["file"]: row for row in read_rows(folder / f"{RESULTS}.csv{ending}")}
+            if not rows:
                 continue
-            rows = {row["file"]: row for row in read_rows(table)}
+            changed = self.changes(folder / f"run.json{ending}")
+            if changed.keys() == {"gain_db"}:
+                print(f"The gain was {changed['gain_db']}: all are classified anew.")
+                continue
+            if changed:
+                words = "; ".join(f"{name} was {text}" for name, text in changed.items())
+                refused = refused or f"{folder / RESULTS}.csv{ending}: {words}"
+                continue
+            is_ours = True
             done = {path for path, row in rows.items() if row["predicted_class"]} & paths
             paths = paths - done
-            taken["classification_results"] += [rows[path] for path in done]
+            taken[RESULTS] += [rows[path] for path in sorted(done)]
             if "segments" in self.columns:
                 segments = read_rows(folder / f"segments.csv{ending}")
                 taken["segments"] += [row for row in segments if row["file"] in done]
+        if refused and not is_ours:
+            raise UserError(
+                f"--resume: another model or other options made {refused}. Give the same again, or "
+                "leave --resume out to start anew."
+            )
         return taken
 
-    def is_ours(self, path: Path, table: Path) -> bool:
-        """Whether a table's rows are of this model and these options, but for a gain that moved.
-
-        Raises UserError for another model or other options.
-        """
+    def changes(self, path: Path) -> dict[str, str]:
+        """What differs from the model and options that a run.json tells: "OLD, now NEW" by name."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+            found = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
             before = {"model": found["model_sha256"]} | found["options"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             before = {}
         now = {"model": self.note["model_sha256"]} | self.note["options"]
-        gains = [side.pop("gain_db", math.nan) for side in (before, now)]
-        if changed := [
-            f"{name} was {before.get(name)}, now {now[name]}"
-            for name in now
-            if before.get(name) != now[name]
-        ]:
-            raise UserError(
-                f"--resume: {table} is of another model or other options ({'; '.join(changed)}): "
-                "give the same again, or leave --resume out to start anew."
-            )
-        if not abs(gains[0] - gains[1]) <= 0.1:
-            print(f"The gain was {gains[0]} dB, is {gains[1]} dB now: all are classified anew.")
-            return False
-        return True
+        if abs(before.get("gain_db", math.inf) - now["gain_db"]) <= 0.1:
+            before["gain_db"] = now["gain_db"]
+        differ = [name for name in now if before.get(name) != now[name]]
+        return {name: f"{before.get(name)}, now {now[name]}" for name in differ}
 
     def begin(self, taken: dict[str, list[dict[str, str]]]) -> set[str]:
         """Begins the .partial files with the rows that are taken up; returns their files."""
-        remove_leftovers(self.folder)
+        for folder in (self.folder, *self.folder.glob("mel_spectrograms/**/")):
+            remove_leftovers(folder)
         if not taken:
-            for kind in ("classification_results", "segments"):
+            for kind in (RESULTS, "segments"):
                 self.path(kind, ".partial").unlink(missing_ok=True)
         note = json.dumps(self.note, indent=2) + "\n"
         write_text(self.folder / "run.json.partial", note)
         for kind, columns in self.columns.items():
             write_csv(self.path(kind, ".partial"), columns, taken.get(kind, []))
-        return {row["file"] for row in taken.get("classification_results", [])}
+        return {row["file"] for row in taken.get(RESULTS, [])}
 
     def append(self, rows: dict[str, list[dict]]) -> None:
         """Adds rows to the .partial files: on disk as each batch is done."""
@@ -1954,28 +1995,32 @@ class Results:
             published[kind] = sorted(rows, key=lambda row: order[row["file"]])
         known = {name: "" for label in labels.values() for name in label}
         empty = {"true_class": ""} | known
-        for row in published["classification_results"]:
+        for row in published[RESULTS]:
             row.update(empty | labels.get(row["file"], {}))
         (self.folder / "run.json").unlink(missing_ok=True)  # no table stands beside another's note
         for kind, columns in self.columns.items():
-            is_main = kind == "classification_results"
+            is_main = kind == RESULTS
             extra = [name for name in known if name not in columns] if is_main else []
             write_csv(self.path(kind), [*columns, *extra], published[kind])
         (self.folder / "run.json.partial").replace(self.folder / "run.json")
         for kind in self.columns:
             self.path(kind, ".partial").unlink()
-        return published["classification_results"]
+        return published[RESULTS]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a table that may be an interrupted run's: a torn last line is dropped."""
-    if not path.exists():
+    """The whole rows of a table that may be an interrupted run's: a torn last line is dropped.
+
+    What is no table of files, or no regular file, has none.
+    """
+    if not path.is_file() or path.is_symlink():
         return []
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 1))
         is_whole = file.read(1) == b"\n"
     rows = read_csv(path)
-    return rows if is_whole else rows[:-1]
+    rows = rows if is_whole else rows[:-1]
+    return rows if rows and "file" in rows[0] else []
 
 
 def shard_folder(output_dir: Path, shard: tuple[int, int] | None) -> Path:
@@ -1999,7 +2044,7 @@ def take_up_all(
     taken = results.take_up(results.folder, wanted)
     for folder in [] if args.shard else find_shards(args.output_dir):
         with folder_lock(folder):  # UserError if that shard is still at work
-            left = wanted - {row["file"] for row in taken["classification_results"]}
+            left = wanted - {row["file"] for row in taken[RESULTS]}
             for kind, rows in results.take_up(folder, left).items():
                 taken[kind] += rows
     return taken
@@ -2039,7 +2084,7 @@ def classify_all(
                 predictions.append(prediction)
                 bar.update(1 / prediction.window.n_windows)
             row = result_row(predictions, checkpoint, options)
-            rows["classification_results"].append(row)
+            rows[RESULTS].append(row)
             if embeddings is not None and not row.get("error"):
                 good = [p.embedding for p in predictions if not p.error]
                 embeddings[row["file"]] = np.mean(good, axis=0)
@@ -2088,7 +2133,7 @@ def write_embeddings(output_dir: Path, rows: list[dict], embeddings: dict[str, n
 def remove_earlier(args: argparse.Namespace, paths: set[str]) -> None:
     """Deletes what earlier runs left in --output_dir that is not of the new table.
 
-    paths: the files of the last table that are not in the new one.
+    paths: the files whose pictures, if there are any, are of earlier answers.
     """
     names = ["summary.csv", "confidence_distribution.png", "confusion_matrix.png"]
     names += ["classification_report.txt", "report.html", "embeddings.npy"]
@@ -2234,16 +2279,17 @@ def classify_folder(args: argparse.Namespace) -> int:
         tables.mkdir(parents=True, exist_ok=True)
         with folder_lock(tables):
             results = Results(tables, checkpoint, options, hash_file(model_path))
-            earlier = {row["file"] for row in read_rows(results.path("classification_results"))}
+            earlier = {row["file"] for row in read_rows(results.path(RESULTS))}
             done = results.begin(take_up_all(results, paths, args) if args.resume else {})
-            results.append({"classification_results": failed_rows(closed, paths)})
+            results.append({RESULTS: failed_rows(closed, paths)})
             todo = [path for path in paths if path not in done and path not in closed]
             embeddings = classify_all(
                 todo, folder, results, model, checkpoint, options, args, pool, labels
             )
             rows = results.publish(paths, labels)
             if not args.shard:
-                remove_earlier(args, earlier - set(paths))
+                kept = {row["file"] for row in rows if row["predicted_class"]}
+                remove_earlier(args, earlier - (kept if args.visualize else kept & done))
                 report_results(args.output_dir, rows, checkpoint, options)
                 if args.embeddings:
                     write_embeddings(args.output_dir, rows, embeddings)

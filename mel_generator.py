@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import platform
 import re
+import reprlib
 import secrets
 import shutil
 import signal
@@ -329,20 +330,21 @@ def load_audio(
 
 def wrong_mel_settings(settings: dict) -> str:
     """What is wrong with mel settings, in words; "" if nothing is."""
+    shown = {name: reprlib.repr(value) for name, value in settings.items()}
     whole = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
     for name, (least, most) in whole.items():
         if type(settings[name]) is not int or not least <= settings[name] <= most:
-            return f"{name} is {settings[name]!r}: must be a whole number, {least:,} to {most:,}"
+            return f"{name} is {shown[name]}: must be a whole number, {least:,} to {most:,}"
     n_fft = settings["n_fft"]
     if settings["n_mels"] > n_fft // 2:
-        return f"n_mels is {settings['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
+        return f"n_mels is {shown['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
     if type(settings["hop_length"]) is not int or not 1 <= settings["hop_length"] <= n_fft:
-        return f"hop_length is {settings['hop_length']!r}: must be 1 to n_fft, {n_fft}"
+        return f"hop_length is {shown['hop_length']}: must be 1 to n_fft, {n_fft}"
     fmin, fmax, nyquist = settings["fmin"], settings["fmax"], settings["sample_rate"] / 2
     if {type(fmin), type(fmax)} - {int, float} or not 0 <= fmin < fmax <= nyquist:
         return (
-            f"fmin is {fmin!r}, fmax {fmax!r}: must be 0 <= fmin < fmax <= {nyquist:g} Hz, "
-            "half of sample_rate"
+            f"fmin is {shown['fmin']}, fmax {shown['fmax']}: must be 0 <= fmin < fmax <= "
+            f"{nyquist:g} Hz, half of sample_rate"
         )
     return ""
 
@@ -586,10 +588,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         raise OSError(None, "not a regular file", str(path))
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         text = file.read().split("\0")[0]
-    rows = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    try:
+        rows = [{k: v for k, v in row.items() if k is not None} for row in reader]
+    except csv.Error as error:
+        raise OSError(None, f"no readable CSV ({error})", str(path)) from error
     return [
-        {name: unescape_formula(cell, name) for name, cell in row.items() if name is not None}
-        for row in rows
+        {unescape_formula(k, ""): unescape_formula(v, k) for k, v in row.items()} for row in rows
     ]
 
 
@@ -689,7 +694,7 @@ def find_clips(input_dir: Path, table: Path | None) -> tuple[list[Clip], dict[st
         )
     if n_ignored:
         print(f"{count(n_ignored, 'file')} named ._* passed over: macOS's notes, not sound.")
-    labels = read_labels(table) if table else None
+    labels = read_label_table(table) if table else None
     max_stem = MAX_NAME_BYTES - max(len(f"_{variant}.npy") for variant in VARIANTS)
     clips: dict[str, Clip] = {}  # by stem
     for path in paths:
@@ -740,7 +745,7 @@ def clean(text: str) -> str:
     return re.sub(r'[_/\\:*?"<>|\x00-\x1f]', "-", unicodedata.normalize("NFC", text))[:45]
 
 
-def read_labels(table: Path) -> dict[str, dict[str, str]]:
+def read_label_table(table: Path) -> dict[str, dict[str, str]]:
     """The rows of --labels by path; raises UserError."""
     try:
         rows = read_csv(table)
@@ -749,6 +754,9 @@ def read_labels(table: Path) -> dict[str, dict[str, str]]:
     if not rows or not rows[0].keys() >= {"file", "emotion"}:
         raise UserError(f"--labels {table} must be a CSV with the columns file,emotion (speaker).")
     paths = [unicodedata.normalize("NFC", row["file"].replace("\\", "/")) for row in rows]
+    [(path, n)] = Counter(paths).most_common(1)
+    if n > 1:
+        raise UserError(f"--labels {table}: {path} stands there {n} times.")
     return dict(zip(paths, rows, strict=True))
 
 
@@ -795,7 +803,8 @@ def check_or_write_config(output_dir: Path, config: dict, overwrite: bool) -> No
             if found[name] != config[name]
         ]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: --overwrite starts anew.") from error
+        reason = str(error)[:60]
+        raise UserError(f"{path} cannot be read ({reason}): --overwrite starts anew.") from error
     if changed:
         raise UserError(
             f"{output_dir} holds spectrograms with different settings ({'; '.join(changed)}): name "
@@ -1001,7 +1010,8 @@ def print_unknown(spectrograms: Iterable[str], clips: list[Clip]) -> None:
         names = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
         print(
             f"Note: {count(len(unknown), 'clip')} with spectrograms here but no file in --input_dir "
-            f"that can be used (any more): {names}. They will train on; --overwrite starts anew."
+            f"(any more), or none that can be used: {names}. They will train on; --overwrite starts "
+            "anew."
         )
 
 

@@ -562,6 +562,7 @@ def memory_of(pid):
     return total / 1024
 
 
+@pytest.mark.slow
 def test_2000_files_sort_and_filter_in_a_browser(browser, large):
     """Prints how long it takes and how much memory; asserts what is shown, no figure."""
     browser.get("about:blank")
