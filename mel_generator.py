@@ -854,6 +854,14 @@ class Task(NamedTuple):
     date: int | None
 
 
+def is_same_date(found: int | None, date: int | None) -> bool:
+    """Whether a spectrogram's date (ns) is its sound file's: within 2 s where only such are kept."""
+    if found is None or date is None:
+        return False
+    is_coarse = found % 10**7 == 0  # FAT, exFAT
+    return abs(found - date) <= (2 * 10**9 if is_coarse else 0)
+
+
 def find_tasks(clips: list[Clip], config: dict, args: argparse.Namespace) -> list[Task]:
     """The variants without a spectrogram, or with one of a file of another date, by clip."""
     dates = list_spectrograms(args.output_dir)
@@ -864,8 +872,7 @@ def find_tasks(clips: list[Clip], config: dict, args: argparse.Namespace) -> lis
             date = (args.input_dir / clip.path).stat().st_mtime_ns
         variants = choose_variants(config["seed"], clip.stem, config["n_augmentations"])
         names = {v: f"{clip.emotion}/{clip.stem}_{v}.npy" for v in variants}
-        # 2 s: some file systems keep no finer dates
-        missing = [v for v in variants if date is None or abs(dates.get(names[v], 0) - date) > 2e9]
+        missing = [v for v in variants if not is_same_date(dates.get(names[v]), date)]
         if missing:
             tasks.append(Task(clip, missing, date))
     return tasks
@@ -1010,8 +1017,8 @@ def print_unknown(spectrograms: Iterable[str], clips: list[Clip]) -> None:
         names = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
         print(
             f"Note: {count(len(unknown), 'clip')} with spectrograms here but no file in --input_dir "
-            f"(any more), or none that can be used: {names}. They will train on; --overwrite starts "
-            "anew."
+            f"(any more), or none that can be used: {names}. They will train on; --overwrite "
+            "starts anew."
         )
 
 

@@ -638,8 +638,8 @@ def test_level_is_the_training_originals_median_and_range(checkpoint, trained, m
 @pytest.mark.parametrize(
     "function, error",
     [
-        ("predict_logits", ZeroDivisionError("ours")),
-        ("predict_logits", RuntimeError("ours")),
+        ("encode_clips", ZeroDivisionError("ours")),
+        ("encode_clips", RuntimeError("ours")),
         ("log_mel", ValueError("ours")),
         ("log_mel", RuntimeError("ours")),
         ("wrong_checkpoint", KeyError("ours")),
