@@ -855,7 +855,7 @@ class Task(NamedTuple):
 
 
 def is_same_date(found: int | None, date: int | None) -> bool:
-    """Whether a spectrogram's date (ns) is its sound file's: within 2 s where only such are kept."""
+    """Whether a date (ns) is the sound file's: within 2 s where the file system keeps no finer."""
     if found is None or date is None:
         return False
     is_coarse = found % 10**7 == 0  # FAT, exFAT
@@ -1016,7 +1016,7 @@ def print_unknown(spectrograms: Iterable[str], clips: list[Clip]) -> None:
     if unknown := sorted(stems - {clip.stem for clip in clips}):
         names = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
         print(
-            f"Note: {count(len(unknown), 'clip')} with spectrograms here but no file in --input_dir "
+            f"Note: {count(len(unknown), 'clip')} with spectrograms but no file in --input_dir "
             f"(any more), or none that can be used: {names}. They will train on; --overwrite "
             "starts anew."
         )

@@ -611,7 +611,7 @@ def test_clips_that_are_gone_are_counted_and_named(clips, tmp_path):
     (clips / "1001_A_ANG_X.wav").rename(clips / "1001_A_FEA_X.wav")  # another label
     (clips / "1002_A_NEU_X.wav").unlink()
     text = generate_here(clips, out)
-    assert "2 clips with spectrograms here but no file" in text
+    assert "2 clips with spectrograms but no file" in text
     assert "1001_A_ANG_X" in text
     assert "1002_A_NEU_X" in text
     assert "--overwrite" in text
