@@ -1310,9 +1310,14 @@ def plot_confidence(path: Path, good: pd.DataFrame, names: list[str]) -> None:
     size = 2 if len(shown) > 200 else 4
     np.random.seed(0)  # noqa: NPY002  seaborn's jitter: the same picture for the same results
     seaborn.stripplot(shown, **columns, color=BLUE, size=size, alpha=0.5, jitter=0.3)
-    many = good[good.predicted_class.map(n_files) >= 5]
-    if len(many):
-        seaborn.boxplot(many, **columns, color=ORANGE, fill=False, showfliers=False, width=0.7)
+    percents = {name: good.percent[good.predicted_class == name] for name in names}
+    many = {i: percents[name] for i, name in enumerate(names) if len(percents[name]) >= 5}
+    if many:
+        line = {"color": ORANGE, "linewidth": 1.5}
+        styles = {f"{part}props": line for part in ("box", "median", "whisker", "cap")}
+        axes.boxplot(
+            list(many.values()), positions=list(many), widths=0.7, showfliers=False, **styles
+        )
     axes.axhline(100 / len(names), color=GREY, linestyle="--", linewidth=1)
     axes.set(xlabel="Predicted emotion (number of files)", ylabel="Confidence (%)", ylim=(0, 101))
     axes.set_title("Confidence by predicted emotion (dashed: chance)")

@@ -842,7 +842,8 @@ def list_spectrograms(output_dir: Path) -> dict[str, int]:
     for code in EMOTIONS:
         for entry in os.scandir(output_dir / code):
             if any(split_name(entry.name)):
-                dates[f"{code}/{entry.name}"] = entry.stat().st_mtime_ns
+                with contextlib.suppress(FileNotFoundError):  # a dangling link
+                    dates[f"{code}/{entry.name}"] = entry.stat().st_mtime_ns
     return dates
 
 
@@ -889,8 +890,10 @@ def process_clip(task: Task, args: argparse.Namespace) -> str | None:
         for variant in task.variants:
             augmented = augment(samples, variant, args.seed, clip.stem)
             output = args.output_dir / clip.emotion / f"{clip.stem}_{variant}.npy"
+            npy = io.BytesIO()  # numpy tells a full disk in words of its own
+            np.save(npy, log_mel(augmented, **mel_settings(args)))
             with atomic_write(output) as file:
-                np.save(file, log_mel(augmented, **mel_settings(args)))
+                file.write(npy.getbuffer())
             if task.date is not None:
                 os.utime(output, ns=(task.date, task.date))
     except AudioError as error:

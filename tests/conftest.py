@@ -131,7 +131,7 @@ def wait_until(condition, seconds=120):
 
 def read_table(path) -> list[dict[str, str]]:
     """The rows of a CSV, as text."""
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with Path(path).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 

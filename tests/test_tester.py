@@ -125,7 +125,7 @@ def test_outputs_are_those_of_the_contract(model, unheard, tmp_path):
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {
         *(TABLE, "summary.csv", "confidence_distribution.png", "confusion_matrix.png"),
-        *("classification_report.txt", "mel_spectrograms", "run.json"),
+        *("classification_report.txt", "mel_spectrograms", "report.html", "run.json"),
     }
     header = (tmp_path / TABLE).read_text().splitlines()[0]
     assert header == ",".join(COLUMNS)
