@@ -418,6 +418,11 @@ def test_a_browser_makes_players_as_rows_are_scrolled_to(browser, large):
     assert source == link
     assert url_to_path(source).is_file()
     assert len(find(browser, "audio")) < 200, "players are made for all rows at once"
+    for where in ("document.body", row, "document.body", row):
+        browser.execute_script(f"{where}.scrollIntoView()")
+        time.sleep(0.3)
+    n_players = f"return {row}.querySelectorAll('audio').length"
+    assert browser.execute_script(n_players) == 1, "one more each time that a row is seen"
 
 
 def url_to_path(url):
