@@ -1953,8 +1953,9 @@ class Results:
 
     def changes(self, path: Path) -> dict[str, str]:
         """What differs from the model and options that a run.json tells: "OLD, now NEW" by name."""
+        check_regular(path)
         try:
-            found = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
+            found = json.loads(path.read_text(encoding="utf-8"))
             before = {"model": found["model_sha256"]} | found["options"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             before = {}
@@ -2013,12 +2014,19 @@ class Results:
         return published[RESULTS]
 
 
+def check_regular(path: Path) -> None:
+    """Raises UserError for a pipe or device, which would be waited for forever, or a folder."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file: delete it, or name another --output_dir.")
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The whole rows of a table that may be an interrupted run's: a torn last line is dropped.
 
-    What is no table of files, or no regular file, has none.
+    What is no table of files has none. Raises UserError for what is no regular file.
     """
-    if not path.is_file() or path.is_symlink():
+    check_regular(path)
+    if not path.exists():
         return []
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 1))
@@ -2087,7 +2095,7 @@ def classify_all(
             predictions = []
             for prediction in group:
                 predictions.append(prediction)
-                bar.update(1 / prediction.window.n_windows)
+                bar.update(min(1 / prediction.window.n_windows, len(paths) - bar.n))
             row = result_row(predictions, checkpoint, options)
             rows[RESULTS].append(row)
             if embeddings is not None and not row.get("error"):
