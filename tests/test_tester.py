@@ -213,7 +213,7 @@ def test_names_tell_labels_only_if_more_than_half_have_one(n_named, n_others, ca
     named = [f"sub/1001_x_sAd_{i}.wav" for i in range(n_named)]
     paths = [*named, *(f"OAF_back_happy_{i}.wav" for i in range(n_others))]
     labels = tester.find_labels(paths, classes, None)
-    known = dict.fromkeys(named, {"true_class": "Sad"})
+    known = {path: {"true_class": "Sad"} for path in named}
     assert labels == (known if n_named > n_others else {})
     assert ("Note" in capsys.readouterr().out) == (0 < n_named <= n_others)
 
