@@ -7,14 +7,18 @@ out=demo_output
 rm -rf "$out"
 mkdir "$out"
 
-echo "== 1 of 4: synthetic voices"
+echo "== 1 of 5: a dozen synthetic voices, answered by the trained model that comes with the project"
+"$python" tests/tools/synthetic_corpus.py --output_dir "$out/dozen" --actors 2 --takes 1
+"$python" custom2_tester.py --input_dir "$out/dozen" --output_dir "$out/answers" --visualize
+
+echo "== 2 of 5: more synthetic voices, to train on"
 "$python" tests/tools/synthetic_corpus.py --output_dir "$out/wavs" --actors 16 --takes 6
 
-echo "== 2 of 4: spectrograms (mel_generator.py)"
+echo "== 3 of 5: spectrograms (mel_generator.py)"
 "$python" mel_generator.py --input_dir "$out/wavs" --output_dir "$out/mel_spectrograms" \
     --n_augmentations 2
 
-echo "== 3 of 4: training (cremad_custom2.py)"
+echo "== 4 of 5: training (cremad_custom2.py)"
 # The trainer with constants that a laptop bears; edit yours in cremad_custom2.py itself.
 sed -e "s|^MEL_DIR = .*|MEL_DIR = \"$out/mel_spectrograms\"|" \
     -e "s|^OUTPUT_DIR = .*|OUTPUT_DIR = \"$out/output\"|" \
@@ -25,7 +29,7 @@ sed -e "s|^MEL_DIR = .*|MEL_DIR = \"$out/mel_spectrograms\"|" \
     cremad_custom2.py > "$out/cremad_custom2.py"
 "$python" "$out/cremad_custom2.py"
 
-echo "== 4 of 4: classifying (custom2_tester.py)"
+echo "== 5 of 5: classifying (custom2_tester.py)"
 # Voices that the trainer never heard: the test actors of its split.
 mkdir "$out/unheard"
 grep ',test$' "$out/output/split.csv" | cut -d, -f1 | while read -r stem; do
@@ -40,3 +44,4 @@ echo "Files:"
 ls "$out"/output/*.pth "$out"/output/*.png "$out"/results/*.csv "$out"/results/*.png
 n=$(find "$out/results/mel_spectrograms" -name '*.png' | wc -l | tr -d ' ')
 echo "$out/results/mel_spectrograms/: a picture for each of $n files"
+echo "Pages to look and listen through: $out/answers/report.html $out/results/report.html"
