@@ -1796,6 +1796,17 @@ def move_earlier(output_dir: Path) -> None:
 # Main
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, its container's quota, 61 on Windows."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # cgroup v2: "max", or a quota and its period
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))
+    return min(cores, 61) if os.name == "nt" else cores
+
+
 def parse_args(argv: Sequence[str] | None = None) -> None:
     """No arguments but --help; exits with status 2 for any other."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -1856,6 +1867,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parse_args(argv)
         # oneDNN keeps memory for every shape that it has met, 1,024 by default: gigabytes.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
         try:
             # pyarrow, where it is installed, refuses names that are no UTF-8.

@@ -2196,10 +2196,13 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use; at most 61 on Windows, its limit."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+    """Cores that this process may use: its affinity, its container's quota, 61 on Windows."""
     cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # cgroup v2: "max", or a quota and its period
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))
     return min(cores, 61) if os.name == "nt" else cores
 
 
@@ -2277,12 +2280,12 @@ def classify_folder(args: argparse.Namespace) -> int:
     """Loads the model, classifies, draws, sums up; returns the exit status."""
     started = time.perf_counter()
     model_path = args.model_path or DEFAULT_MODEL
-    with drawing_pool(args.workers if args.visualize else 0) as pool:
+    folder, found, closed = find_input(args.input_dir)
+    with drawing_pool(min(args.workers, len(found)) if args.visualize else 0) as pool:
         device = gpu_or_cpu(args.cpu)
         model, checkpoint = load_model(model_path, device)
         check_window(args, checkpoint)
         check_output_dir(args.output_dir)
-        folder, found, closed = find_input(args.input_dir)
         labels = find_labels(found, checkpoint["classes"], args.labels)
         paths = sorted(path for path in [*found, *closed] if in_shard(path, args.shard))
         n_files = count(len(paths), "file")
@@ -2324,6 +2327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(argv)
         # oneDNN keeps memory for every shape that it has met, 1,024 by default: gigabytes.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
         try:
             # pyarrow, where it is installed, refuses names that are no UTF-8.

@@ -1002,6 +1002,29 @@ def print_corpus_note(clips: list[Clip]) -> None:
         )
 
 
+def count_empty_bands(settings: dict, n_fft: int, n_mels: int) -> int:
+    """How many mel bands would hold no STFT bin, with another n_fft and n_mels."""
+    rate, fmin, fmax = settings["sample_rate"], settings["fmin"], settings["fmax"]
+    filters = mel_filters(rate, n_fft, n_mels, fmin, fmax)
+    return int((filters.max(axis=1) == 0).sum())
+
+
+def print_empty_bands(settings: dict) -> None:
+    """Warns of mel bands that hold no STFT bin: they are constant and tell nothing."""
+    n_fft, n_mels = settings["n_fft"], settings["n_mels"]
+    n_empty = count_empty_bands(settings, n_fft, n_mels)
+    if not n_empty:
+        return
+    fewer = [n for n in (128, 96, 80, 64, 48, 40, 32, 24, 16, 8, 4, 2, 1) if n < n_mels]
+    longer = [n_fft * 2**k for k in range(1, 8) if n_fft * 2**k <= 65_536]
+    remedies = [f"--n_mels {n}" for n in fewer if not count_empty_bands(settings, n_fft, n)][:1]
+    remedies += [f"--n_fft {n}" for n in longer if not count_empty_bands(settings, n, n_mels)][:1]
+    print(
+        f"Note: {n_empty} of {count(n_mels, 'mel band')} hold no STFT bin and tell nothing: take "
+        f"{' or '.join(remedies)}."
+    )
+
+
 def print_table(spectrograms: Iterable[str]) -> None:
     """How many spectrograms there are, by variant and emotion."""
     pairs = [(split_name(path)[1], path.split("/")[0]) for path in spectrograms]
@@ -1038,10 +1061,13 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use; at most 61 on Windows, its limit."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+    """Cores that this process may use: its affinity, its container's quota, 61 on Windows."""
     cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # cgroup v2: "max", or a quota and its period
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))
     return min(cores, 61) if os.name == "nt" else cores
 
 
@@ -1093,6 +1119,7 @@ def generate_folder(args: argparse.Namespace) -> int:
     config = make_config(args)
     clips, skipped = find_clips(args.input_dir, args.labels)
     print_corpus_note(clips)
+    print_empty_bands(mel_settings(args))
     clips = [clip for clip in clips if in_shard(clip.path, args.shard)]
     skipped = {path: reason for path, reason in skipped.items() if in_shard(path, args.shard)}
     for code in EMOTIONS:
