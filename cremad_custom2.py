@@ -541,12 +541,14 @@ def augment_batch(x: Tensor, lengths: Tensor, data: Spectrograms) -> Tensor:
 
     x: normalised (B, T, M), zero past each clip's frames, and still so afterwards.
     """
+    n_clips, _, n_mels = x.shape
     mean = torch.tensor(data.normalization["mean"])
     std = torch.tensor(data.normalization["std"])
-    x = shift_bands(x)
-    x = x + (random_eq(len(x), len(std)) / std).to(x.device)[:, None]
+    eq = random_eq(n_clips, n_mels) / std
+    is_outer = random_outer_bands(n_clips, n_mels)
+    x = shift_bands(x) + eq.to(x.device)[:, None]
     silence = ((SILENCE_DB - mean) / std).to(x.device)
-    x = torch.where(random_outer_bands(len(x), len(std)).to(x.device)[:, None], silence, x)
+    x = torch.where(is_outer.to(x.device)[:, None], silence, x)
     mask = length_mask(lengths, x.shape[1])[:, :, None] & data.varies
     return spec_augment(x * mask.to(x.device), lengths)
 
