@@ -1357,7 +1357,7 @@ def print_setup(clips: pd.DataFrame, data: Spectrograms, state: TrainState, conf
         print(f"Note: {note}")
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     print(f"{state.device}, {dtype_name(state.dtype)}, {millions:.1f} M parameters.")
-    print("Columns of two: training, validation. * best so far.", flush=True)
+    print("Columns of two: training, validation. * best so far, or as good.", flush=True)
 
 
 def print_epoch(row: dict, is_best: bool) -> None:

@@ -987,19 +987,16 @@ def measure_folder(
 
 def folder_gain(
     paths: list[str], folder: Path, checkpoint: dict, args: argparse.Namespace
-) -> float:
-    """The gain, dB, for all files of --input_dir; says what was done."""
+) -> tuple[float, str]:
+    """The gain, dB, for all files of --input_dir, and what to say of it."""
     if "level" not in checkpoint:
         if args.adapt == "on":
             raise UserError("--adapt on: this model's file does not tell its training's level.")
-        return 0.0
+        return 0.0, ""
     if args.adapt == "off":
-        return 0.0
+        return 0.0, ""
     levels = measure_folder(paths, folder, checkpoint, args)
-    gain_db, message = choose_gain(levels, checkpoint["level"], args.adapt)
-    if message:
-        print(message)
-    return gain_db
+    return choose_gain(levels, checkpoint["level"], args.adapt)
 
 
 def choose_gain(levels: list[float], level: dict, adapt: str) -> tuple[float, str]:
@@ -1017,10 +1014,13 @@ def choose_gain(levels: list[float], level: dict, adapt: str) -> tuple[float, st
     found += "than the training's (median level)"
     if adapt == "on" or not (is_usual or is_few):
         return round(-above, 3), f"{found}: all are taken {-above:+.1f} dB (--adapt {adapt})."
-    if is_few:
-        few = count(len(levels), "file")
-        return 0.0, f"{found}. Left so, as {few} may be of one mood; --adapt on: {-above:+.1f} dB."
-    return 0.0, f"{found}: within the training speakers' range, left as they are."
+    if is_usual:
+        return 0.0, f"{found}: within the training speakers' range, left as they are."
+    return 0.0, (
+        f"{found}, outside the training speakers' range, so answers may lean to one emotion. Left "
+        f"so, as {count(len(levels), 'file')}, under {MIN_LEVEL_FILES}, may be of one mood; if the "
+        f"moods are mixed: --adapt on ({-above:+.1f} dB)."
+    )
 
 
 def classify(
@@ -1320,6 +1320,7 @@ def plot_confidence(path: Path, good: pd.DataFrame, names: list[str]) -> None:
         )
     axes.axhline(100 / len(names), color=GREY, linestyle="--", linewidth=1)
     axes.set(xlabel="Predicted emotion (number of files)", ylabel="Confidence (%)", ylim=(0, 101))
+    axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_title("Confidence by predicted emotion (dashed: chance)")
     axes.set_xticks(range(len(names)), [f"{name}\n({n_files.get(name, 0)})" for name in names])
     save_figure(figure, path)
@@ -1383,35 +1384,33 @@ def print_files(rows: list[dict]) -> None:
         print(tabulate(shown, headers=headers, disable_numparse=True), end="\n\n")
 
 
-def print_notes(rows: list[dict], options: RunOptions, max_window: float) -> None:
-    """What was ignored, is uncertain or failed."""
+def find_notes(rows: list[dict], options: RunOptions, max_window: float) -> list[str]:
+    """What was ignored, is uncertain or failed, a sentence each."""
+    notes = []
     ignored = [float(row["ignored_s"]) for row in rows if float(row.get("ignored_s") or 0) > 0]
     if ignored:
         longer = "is" if len(ignored) == 1 else "are"
-        print(
+        window = min(3.0, max_window)
+        notes.append(
             f"{count(len(ignored), 'file')} {longer} longer than {options.max_width} frames: "
             f"{sum(ignored):,.1f} s are ignored (column ignored_s). --segments --window "
-            f"{min(3.0, max_window):g} --step {min(3.0, max_window) / 2:g} hears them all."
+            f"{window:g} --step {window / 2:g} hears them all."
         )
     if options.min_confidence is not None:
         n_uncertain = sum(row.get("uncertain") == "yes" for row in rows)
-        is_uncertain = "is" if n_uncertain == 1 else "are"
-        print(
-            f"{count(n_uncertain, 'file')} {is_uncertain} uncertain: confidence under "
-            f"{options.min_confidence:g}."
-        )
-    n_failed = sum(bool(row.get("error")) for row in rows)
-    if n_failed:
-        print(
-            f"{n_failed} of {count(len(rows), 'file')} could not be classified: the column `error` "
-            "says why."
-        )
+        verb = "is" if n_uncertain == 1 else "are"
+        limit = f"confidence under {options.min_confidence:g}"
+        notes.append(f"{count(n_uncertain, 'file')} {verb} uncertain: {limit}.")
+    if n_failed := sum(bool(row.get("error")) for row in rows):
+        files = count(len(rows), "file")
+        notes.append(f"{n_failed} of {files} could not be classified: the column `error` says why.")
+    return notes
 
 
 def report_results(
     output_dir: Path, rows: list[dict], checkpoint: dict, options: RunOptions
-) -> None:
-    """Summary, pictures and, where true classes are known, figures; on the screen too."""
+) -> list[str]:
+    """Summary, pictures and, where true classes are known, figures; returns what to note."""
     names = [c["name"] for c in checkpoint["classes"]]
     good = pd.DataFrame([row for row in rows if not row.get("error")])
     print_files(rows)
@@ -1424,10 +1423,15 @@ def report_results(
             write_report(output_dir, labelled, names, known_speakers(checkpoint))
     mel_config = checkpoint["mel_config"]
     max_window = options.max_width * mel_config["hop_length"] / mel_config["sample_rate"]
-    print_notes(rows, options, max_window)
+    notes = find_notes(rows, options, max_window)
+    for note in notes:
+        print(note)
+    return notes
 
 
-def write_page(output_dir: Path, folder: Path, rows: list[dict], checkpoint: dict) -> None:
+def write_page(
+    output_dir: Path, folder: Path, rows: list[dict], checkpoint: dict, notes: list[str]
+) -> None:
     """report.html: a row a file, mistakes first where labels are known, all on the disk."""
     names = [c["name"] for c in checkpoint["classes"]]
     is_labelled = [bool(row["true_class"] and row["predicted_class"]) for row in rows]
@@ -1443,6 +1447,7 @@ def write_page(output_dir: Path, folder: Path, rows: list[dict], checkpoint: dic
     page = PAGE.substitute(
         title=html.escape(readable(str(output_dir.resolve().name))),
         summary=summary,
+        notes="".join(f"<p class=note>{html.escape(note)}</p>" for note in notes if note),
         options=options,
         rows="\n".join(page_row(rows[i], names, folder, output_dir, is_wrong[i]) for i in order),
     )
@@ -1456,9 +1461,17 @@ def page_row(row: dict, names: list[str], folder: Path, output_dir: Path, is_wro
         recording = link(os.path.relpath(folder / row["file"], output_dir))
     except ValueError:  # Windows: on another drive
         recording = (folder / row["file"]).absolute().as_uri()
-    is_playable = PurePosixPath(row["file"]).suffix.lower() in PLAYABLE_SUFFIXES
+    suffix = PurePosixPath(row["file"]).suffix.lower()
+    is_playable = suffix in PLAYABLE_SUFFIXES and not row["error"]
     name = html.escape(readable(row["file"]))
-    cells = [(name, f'<a {"data-play " if is_playable else ""}href="{recording}">{name}</a>')]
+    heard = ""
+    if float(row.get("ignored_s") or 0) > 0:
+        duration = float(row["duration_s"])
+        first = duration - float(row["ignored_s"])
+        heard = f"<br><small>the first {first:.1f} of {duration:.1f} s were heard</small>"
+    cells = [
+        (name, f'<a {"data-play " if is_playable else ""}href="{recording}">{name}</a>{heard}')
+    ]
     if row["error"]:
         cells += [("", ""), ("", html.escape(row["error"])), ("", ""), ("", "")]
     else:
@@ -1469,7 +1482,10 @@ def page_row(row: dict, names: list[str], folder: Path, output_dir: Path, is_wro
         bars = "".join(page_bar(n, row[n], n == row["predicted_class"]) for n in names)
         image = f'<a href="{picture}"><img loading="lazy" alt="spectrogram" src="{picture}"></a>'
         cells += [("", image), (html.escape(row["predicted_class"]), answer + note)]
-        cells += [(row["confidence"], bars), (row["level_db"], row["level_db"])]
+        cells += [
+            (row["confidence"], bars),
+            (row["level_db"], f"{float(row['level_db'] or 0):+.1f}"),
+        ]
     cells += [(html.escape(row["true_class"]), html.escape(row["true_class"]))]
     tags = "".join(f'<td data-v="{value}">{text}</td>' for value, text in cells)
     kind = html.escape(row["predicted_class"]) or "failed"
@@ -1513,6 +1529,7 @@ audio { display: block; width: 100%; min-width: 11rem; height: 2.2rem; margin-to
 .bar { padding: 0 .3rem; min-width: 9rem; }
 .bar { background: linear-gradient(var(--bar), var(--bar)) no-repeat 0 / var(--p) 100%; }
 .bar.top { background-image: linear-gradient(var(--top), var(--top)); }
+.note { border-left: 4px solid var(--top); padding-left: .6rem; }
 .wrong td:first-child { box-shadow: inset 4px 0 #d55e00; padding-left: .8rem; }
 @media (max-width: 48rem) {
   thead { display: none; }
@@ -1527,14 +1544,16 @@ audio { display: block; width: 100%; min-width: 11rem; height: 2.2rem; margin-to
 </head>
 <body>
 <h1>$title</h1>
-<p>$summary. The model names one of its emotions for every file, also for one that holds none.</p>
+<p>$summary. The model names an emotion for every file, also for one that holds none.</p>
+$notes
 <p><label>Show <select id="filter"><option value="">all</option>$options
 <option value="wrong">mistakes</option><option value="failed">failed</option></select></label>
 <label>Sort by <select id="sort"></select></label>
 <span id="count" role="status"></span></p>
 <table>
 <thead><tr><th>Recording</th><th>Picture</th><th>Answer</th><th>Confidence (%)</th>
-<th>Level (dB)</th><th>True</th></tr></thead>
+<th title="of the louder parts, above the training's median">Level (dB)</th>
+<th>True</th></tr></thead>
 <tbody>
 $rows
 </tbody>
@@ -1847,8 +1866,9 @@ def find_labels(
     if table:
         by_path = read_labels(table, names)
         labels = {path: by_path[nfc(path)] for path in paths if nfc(path) in by_path}
-        if unknown := len(by_path) - len(labels):
-            print(f"Note: {count(unknown, 'row')} of {table} without a file in --input_dir.")
+        if unknown := sorted(by_path.keys() - set(map(nfc, paths))):
+            shown = ", ".join(unknown[:3]) + (" …" if len(unknown) > 3 else "")
+            print(f"Note: {count(len(unknown), 'row')} of {table} without such a file: {shown}")
         return labels
     for path in paths:
         fields = PurePosixPath(path).stem.split("_")
@@ -1873,18 +1893,28 @@ def read_labels(table: Path, names: dict[str, str]) -> dict[str, dict[str, str]]
     except OSError as error:
         raise UserError(f"--labels {table}: {error.strerror}.") from error
     if not rows or not rows[0].keys() >= {"file", "emotion"}:
-        raise UserError(f"--labels {table} must be a CSV with the columns file,emotion (speaker).")
+        found = ", ".join(rows[0]) if rows else "nothing"
+        raise UserError(
+            f"--labels {table} must be a CSV with the columns file,emotion; found: {found}"
+        )
     by_word = {code.lower(): name for code, name in names.items()}
     by_word |= {name.lower(): name for name in names.values()}
     taken = {*RESULT_COLUMNS, *names.values()}
     labels = {}
+    unknown = set()
     for row in rows:
-        true_class = by_word.get(row.pop("emotion").strip().lower(), "")
+        word = row.pop("emotion").strip()
+        true_class = by_word.get(word.lower(), "")
+        if not true_class:
+            unknown.add(word)
         path = nfc(row.pop("file").replace("\\", "/"))
         if path in labels:
             raise UserError(f"--labels {table}: {path} stands there twice.")
         rest = {f"label_{k}" if k in taken else k: v for k, v in row.items()}
         labels[path] = {"true_class": true_class} | rest
+    if unknown:
+        known = ", ".join(names.values())
+        print(f"Note: {table} has emotions that are none of {known}: {', '.join(sorted(unknown))}")
     return labels
 
 
@@ -2101,7 +2131,7 @@ def classify_all(
             if embeddings is not None and not row.get("error"):
                 good = [p.embedding for p in predictions if not p.error]
                 embeddings[row["file"]] = np.mean(good, axis=0)
-            if options.segments:
+            if options.segments and not row.get("error"):
                 rows["segments"] += [segment_row(p, checkpoint, options) for p in predictions]
             if any(p.mel is not None for p in predictions):
                 true = labels.get(row["file"], {}).get("true_class", "")
@@ -2216,7 +2246,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, help="folder for the results")
     add("--max_width", type=int, help="frames; longer clips are cut (the checkpoint's, often 191)")
     add("--cpu", action="store_true", help="do not use the GPU")
-    add("--visualize", action="store_true", help="a picture for each file")
+    add("--visualize", action="store_true", help="report.html, with a picture for each file")
     add("--segments", action="store_true", help="classify longer files in windows, not cut")
     add("--window", type=float, default=3.0, help="--segments: seconds a window (3)")
     add("--step", type=float, default=1.5, help="--segments: seconds between starts (1.5)")
@@ -2290,7 +2320,10 @@ def classify_folder(args: argparse.Namespace) -> int:
         paths = sorted(path for path in [*found, *closed] if in_shard(path, args.shard))
         n_files = count(len(paths), "file")
         print(f"{model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {n_files}.")
-        options = run_options(args, checkpoint, folder_gain(found, folder, checkpoint, args))
+        gain_db, level_note = folder_gain(found, folder, checkpoint, args)
+        if level_note:
+            print(level_note)
+        options = run_options(args, checkpoint, gain_db)
         tables = shard_folder(args.output_dir, args.shard)
         tables.mkdir(parents=True, exist_ok=True)
         with folder_lock(tables):
@@ -2306,15 +2339,18 @@ def classify_folder(args: argparse.Namespace) -> int:
             if not args.shard:
                 kept = {row["file"] for row in rows if row["predicted_class"]}
                 remove_earlier(args, earlier - (kept if args.visualize else kept & done))
-                report_results(args.output_dir, rows, checkpoint, options)
+                notes = report_results(args.output_dir, rows, checkpoint, options)
                 if args.embeddings:
                     write_embeddings(args.output_dir, rows, embeddings)
                 if args.visualize:
-                    write_page(args.output_dir, folder, rows, checkpoint)
+                    notes = [f"Model: {model_path.name}.", level_note, *notes]
+                    write_page(args.output_dir, folder, rows, checkpoint, notes)
             details = {"device": str(device), "seconds": round(time.perf_counter() - started, 1)}
             write_run_record(tables / "run.json", PACKAGES, results.note | details)
     print_shards_note(args)
-    print(f"{details['seconds']} s. Results: {results.path('classification_results')}")
+    print(f"{details['seconds']} s. Results: {results.path(RESULTS)}")
+    if args.visualize and not args.shard:
+        print(f"To look and listen: {args.output_dir / 'report.html'}")
     failed = [row for row in rows if row["error"]]
     if rows and len(failed) == len(rows):
         raise UserError(f"No file could be classified, the first because: {failed[0]['error']}")

@@ -752,7 +752,10 @@ def read_label_table(table: Path) -> dict[str, dict[str, str]]:
     except OSError as error:
         raise UserError(f"--labels {table}: {error.strerror}.") from error
     if not rows or not rows[0].keys() >= {"file", "emotion"}:
-        raise UserError(f"--labels {table} must be a CSV with the columns file,emotion (speaker).")
+        found = ", ".join(rows[0]) if rows else "nothing"
+        raise UserError(
+            f"--labels {table} must be a CSV with the columns file,emotion; found: {found}"
+        )
     paths = [unicodedata.normalize("NFC", row["file"].replace("\\", "/")) for row in rows]
     [(path, n)] = Counter(paths).most_common(1)
     if n > 1:

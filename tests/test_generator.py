@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import librosa
 import numpy as np
@@ -908,10 +909,14 @@ def test_starting_workers_changes_nothing_in_this_process(clips, tmp_path, monke
 
 
 def test_a_full_disk_is_told(clips, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
+    open_path = Path.open
 
-    monkeypatch.setattr(np, "save", refuse)
+    def refuse(path, mode="r", *arguments, **options):
+        if mode == "xb" and (tmp_path / "out/mel_config.json").exists():
+            raise OSError(28, "No space left on device")
+        return open_path(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
     text = generate_here(clips, tmp_path / "out", code=1)
     assert "1001_A_ANG_X_original.npy: No space left on device" in text
     assert "run again" in text

@@ -463,7 +463,7 @@ def test_auto_acts_outside_the_range_from_20_files_on(louder, model, tmp_path):
     next(path for path in sorted(twenty.iterdir()) if path.name != "broken.wav").unlink()
     text = classify(twenty, model, tmp_path / "out19")
     assert gain_of(tmp_path / "out19") == 0
-    would = re.search(r"Left so, as 19 files .* --adapt on: ([+-][\d.]+) dB", text)
+    would = re.search(r"Left so, as 19 files, .* --adapt on \(([+-][\d.]+) dB\)", text)
     classify(twenty, model, tmp_path / "on", "--adapt", "on")
     assert float(would[1]) == pytest.approx(gain_of(tmp_path / "on"), abs=0.06)
 
