@@ -270,6 +270,8 @@ def mix_to_mono(samples: np.ndarray) -> np.ndarray:
     Channels over 30 dB under the loudest stay out (5.1 sound has most of its six all but empty).
     Where the mean is still over 10 dB under the loudest (antiphase), that channel is taken alone.
     """
+    if samples.shape[1] == 1:
+        return samples[:, 0]
     power = np.square(samples, dtype=np.float64).mean(axis=0)
     loudest = int(power.argmax())
     mono = samples[:, power >= power[loudest] / 1000].mean(axis=1)
@@ -373,7 +375,7 @@ def wrong_mel_settings(settings: dict) -> str:
 
 @functools.cache
 def mel_filters(sample_rate: int, n_fft: int, n_mels: int, fmin: float, fmax: float) -> np.ndarray:
-    """Triangular mel filters of equal area, float32 (mel bands, STFT bins).
+    """Triangular mel filters of equal area, float32 (STFT bins, mel bands).
 
     As librosa.filters.mel, which takes over a second to import. Mel as in Slaney's "Auditory
     Toolbox" (1998): linear up to 1 kHz = 15 mel, logarithmic above.
@@ -391,7 +393,8 @@ def mel_filters(sample_rate: int, n_fft: int, n_mels: int, fmin: float, fmax: fl
     rise = (bins - corners[:-2]) / widths[:-1]
     fall = (corners[2:] - bins) / widths[1:]
     triangles = np.minimum(rise, fall).clip(0)  # (n_mels, bins)
-    return (triangles * 2 / (corners[2:] - corners[:-2])).astype(np.float32)
+    filters = triangles * 2 / (corners[2:] - corners[:-2])
+    return np.ascontiguousarray(filters.T, np.float32)  # the product is twice as fast this way
 
 
 @functools.cache
@@ -433,8 +436,9 @@ def log_mel(
     blocks = []
     for spectrum in stft_blocks(samples, n_fft, hop_length):
         power = spectrum.real**2 + spectrum.imag**2  # (frames, bins)
-        blocks.append(filters @ power.T)
-    return 10.0 * np.log10(np.maximum(np.hstack(blocks), 1e-10))
+        blocks.append(power @ filters)
+    mel = np.concatenate(blocks).T
+    return 10.0 * np.log10(np.maximum(np.ascontiguousarray(mel), 1e-10))
 
 
 # --------------------------------------------------------------------------------------

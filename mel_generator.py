@@ -248,6 +248,8 @@ def mix_to_mono(samples: np.ndarray) -> np.ndarray:
     Channels over 30 dB under the loudest stay out (5.1 sound has most of its six all but empty).
     Where the mean is still over 10 dB under the loudest (antiphase), that channel is taken alone.
     """
+    if samples.shape[1] == 1:
+        return samples[:, 0]
     power = np.square(samples, dtype=np.float64).mean(axis=0)
     loudest = int(power.argmax())
     mono = samples[:, power >= power[loudest] / 1000].mean(axis=1)
@@ -351,7 +353,7 @@ def wrong_mel_settings(settings: dict) -> str:
 
 @functools.cache
 def mel_filters(sample_rate: int, n_fft: int, n_mels: int, fmin: float, fmax: float) -> np.ndarray:
-    """Triangular mel filters of equal area, float32 (mel bands, STFT bins).
+    """Triangular mel filters of equal area, float32 (STFT bins, mel bands).
 
     As librosa.filters.mel, which takes over a second to import. Mel as in Slaney's "Auditory
     Toolbox" (1998): linear up to 1 kHz = 15 mel, logarithmic above.
@@ -369,7 +371,8 @@ def mel_filters(sample_rate: int, n_fft: int, n_mels: int, fmin: float, fmax: fl
     rise = (bins - corners[:-2]) / widths[:-1]
     fall = (corners[2:] - bins) / widths[1:]
     triangles = np.minimum(rise, fall).clip(0)  # (n_mels, bins)
-    return (triangles * 2 / (corners[2:] - corners[:-2])).astype(np.float32)
+    filters = triangles * 2 / (corners[2:] - corners[:-2])
+    return np.ascontiguousarray(filters.T, np.float32)  # the product is twice as fast this way
 
 
 @functools.cache
@@ -411,8 +414,9 @@ def log_mel(
     blocks = []
     for spectrum in stft_blocks(samples, n_fft, hop_length):
         power = spectrum.real**2 + spectrum.imag**2  # (frames, bins)
-        blocks.append(filters @ power.T)
-    return 10.0 * np.log10(np.maximum(np.hstack(blocks), 1e-10))
+        blocks.append(power @ filters)
+    mel = np.concatenate(blocks).T
+    return 10.0 * np.log10(np.maximum(np.ascontiguousarray(mel), 1e-10))
 
 
 # --------------------------------------------------------------------------------------
@@ -906,6 +910,11 @@ def process_clip(task: Task, args: argparse.Namespace) -> str | None:
     return None
 
 
+def process_clips(tasks: list[Task], args: argparse.Namespace) -> list[str | None]:
+    """process_clip for a few tasks: one by one they would cost a tenth of the time to hand over."""
+    return [process_clip(task, args) for task in tasks]
+
+
 def exit_with_parent() -> None:
     """In a worker process: ignores Ctrl-C, and ends when the main process is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not inherited
@@ -942,23 +951,23 @@ def start_pool(n_workers: int) -> ProcessPoolExecutor:
 def run_in_workers(
     tasks: list[Task], args: argparse.Namespace
 ) -> Iterator[tuple[Task, str | None]]:
-    """Runs process_clip in worker processes; yields each task with the reason, as it is done."""
+    """Runs process_clips in worker processes; yields each task with its reason, as it is done."""
     n_workers = min(args.workers, len(tasks))
     queue = iter(tasks)
-    pending: dict[Any, Task] = {}
+    pending: dict[Any, list[Task]] = {}
     pool = start_pool(n_workers)
     try:
         while True:
-            for task in itertools.islice(queue, 4 * n_workers - len(pending)):
-                pending[pool.submit(process_clip, task, args)] = task
+            while len(pending) < 2 * n_workers and (batch := list(itertools.islice(queue, 4))):
+                pending[pool.submit(process_clips, batch, args)] = batch
             if not pending:
                 return
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
-                reason = future.result()
-                yield pending.pop(future), reason
+                reasons = future.result()
+                yield from zip(pending.pop(future), reasons, strict=True)
     except BrokenProcessPool:
-        names = ", ".join(task.clip.path for task in pending.values())
+        names = ", ".join(task.clip.path for batch in pending.values() for task in batch)
         raise UserError(
             "A worker process was killed, most often because memory ran out, at one of these: "
             f"{names}. Run again with fewer --workers: what was written stays."
@@ -1009,7 +1018,7 @@ def count_empty_bands(settings: dict, n_fft: int, n_mels: int) -> int:
     """How many mel bands would hold no STFT bin, with another n_fft and n_mels."""
     rate, fmin, fmax = settings["sample_rate"], settings["fmin"], settings["fmax"]
     filters = mel_filters(rate, n_fft, n_mels, fmin, fmax)
-    return int((filters.max(axis=1) == 0).sum())
+    return int((filters.max(axis=0) == 0).sum())
 
 
 def print_empty_bands(settings: dict) -> None:
