@@ -1319,7 +1319,7 @@ def report_training(
     print_summary(output_dir, metrics)
 
 
-def find_notes(clips: pd.DataFrame, data: Spectrograms) -> list[str]:
+def training_notes(clips: pd.DataFrame, data: Spectrograms) -> list[str]:
     """What makes the figures worth less: few people, absent emotions, few steps, cut clips."""
     notes = []
     for part, index in data.indices.items():
@@ -1353,7 +1353,7 @@ def print_setup(clips: pd.DataFrame, data: Spectrograms, state: TrainState, conf
         counts = data.labels(part).bincount(minlength=len(EMOTIONS)).tolist()
         rows.append([part, sum(counts), clips.actor[clips.split == part].nunique(), *counts])
     print(tabulate(rows, headers=["", "spectrograms", "actors", *EMOTIONS]))
-    for note in find_notes(clips, data):
+    for note in training_notes(clips, data):
         print(f"Note: {note}")
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     print(f"{state.device}, {dtype_name(state.dtype)}, {millions:.1f} M parameters.")
