@@ -2103,58 +2103,73 @@ def failed_rows(closed: dict[str, str], paths: list[str]) -> list[dict[str, str]
     return [{"file": path, "error": closed[path]} for path in paths if path in closed]
 
 
-def classify_all(
+def classify_files(
     paths: list[str],
     folder: Path,
-    results: Results,
     model: EmotionClassifier,
     checkpoint: dict,
     options: RunOptions,
     args: argparse.Namespace,
-    pool: ProcessPoolExecutor | None,
-    labels: dict[str, dict[str, str]],
-) -> dict[str, np.ndarray]:
-    """Classifies files under a bar; rows and pictures are on disk as each batch is done.
-
-    Returns each file's embedding with --embeddings, else nothing.
-    """
-    embeddings = {} if args.embeddings else None
-    rows: dict[str, list[dict]] = {kind: [] for kind in results.columns}
-    pictures: list[Future[None]] = []
+) -> Iterator[list[WindowPrediction]]:
+    """Yields the predictions of each file's windows, file by file, under a bar."""
     bar = tqdm(desc="Classifying", total=len(paths), unit="file", bar_format=BAR_FORMAT)
     with tempfile.TemporaryDirectory() as temporary, bar:
         windows = list_windows(paths, folder, options, Path(temporary))
-        batches = classify(windows, model, checkpoint, options, args, keep_mels=pool is not None)
+        batches = classify(windows, model, checkpoint, options, args, keep_mels=args.visualize)
         stream = itertools.chain.from_iterable(batches)
         for _, group in itertools.groupby(stream, key=lambda p: p.window.path):
             predictions = []
             for prediction in group:
                 predictions.append(prediction)
                 bar.update(min(1 / prediction.window.n_windows, len(paths) - bar.n))
-            row = result_row(predictions, checkpoint, options)
-            rows[RESULTS].append(row)
-            if embeddings is not None and not row.get("error"):
-                good = [p.embedding for p in predictions if not p.error]
-                embeddings[row["file"]] = np.mean(good, axis=0)
-            if options.segments and not row.get("error"):
-                rows["segments"] += [segment_row(p, checkpoint, options) for p in predictions]
-            if any(p.mel is not None for p in predictions):
-                true = labels.get(row["file"], {}).get("true_class", "")
-                note = f" (true: {true})" if true else ""
-                note += " (uncertain)" if row.get("uncertain") == "yes" else ""
-                where = (pool, args.output_dir)
-                pictures.append(submit_picture(*where, predictions, checkpoint, options, note))
-            if predictions[0].window.source.parent == Path(temporary):
-                predictions[0].window.source.unlink()
-            if max(map(len, rows.values())) >= BATCHES_AHEAD * args.batch_size:
-                write_batch(results, rows, pictures)
-        write_batch(results, rows, pictures)
+            yield predictions
+            source = predictions[0].window.source
+            if source.parent == Path(temporary):
+                source.unlink()
+
+
+def classify_all(
+    files: Iterable[list[WindowPrediction]],
+    results: Results,
+    checkpoint: dict,
+    options: RunOptions,
+    args: argparse.Namespace,
+    pool: ProcessPoolExecutor | None,
+    labels: dict[str, dict[str, str]],
+) -> dict[str, np.ndarray]:
+    """Brings rows and pictures to disk as each batch is done; returns each file's embedding."""
+    embeddings = {}
+    rows: dict[str, list[dict]] = {kind: [] for kind in results.columns}
+    pictures: list[Future[None]] = []
+    for predictions in files:
+        row = result_row(predictions, checkpoint, options)
+        rows[RESULTS].append(row)
+        is_good = not row.get("error")
+        if args.embeddings and is_good:
+            good = [p.embedding for p in predictions if not p.error]
+            embeddings[row["file"]] = np.mean(good, axis=0)
+        if options.segments and is_good:
+            rows["segments"] += [segment_row(p, checkpoint, options) for p in predictions]
+        if any(p.mel is not None for p in predictions):
+            where = (pool, args.output_dir)
+            note = title_note(row, labels)
+            pictures.append(submit_picture(*where, predictions, checkpoint, options, note))
+        if max(map(len, rows.values())) >= BATCHES_AHEAD * args.batch_size:
+            write_batch(results, rows, pictures)
+    write_batch(results, rows, pictures)
     if not args.input_dir.exists():
         raise UserError(
             f"--input_dir {args.input_dir} went away during the run: bring it back and run again "
             "with --resume."
         )
-    return embeddings or {}
+    return embeddings
+
+
+def title_note(row: dict, labels: dict[str, dict[str, str]]) -> str:
+    """What a picture's title says besides the name: the true class, and "uncertain"."""
+    true = labels.get(row["file"], {}).get("true_class", "")
+    note = f" (true: {true})" if true else ""
+    return note + (" (uncertain)" if row.get("uncertain") == "yes" else "")
 
 
 def write_batch(
@@ -2337,9 +2352,8 @@ def classify_folder(args: argparse.Namespace) -> int:
             done = results.begin(take_up_all(results, paths, args) if args.resume else {})
             results.append({RESULTS: failed_rows(closed, paths)})
             todo = [path for path in paths if path not in done and path not in closed]
-            embeddings = classify_all(
-                todo, folder, results, model, checkpoint, options, args, pool, labels
-            )
+            files = classify_files(todo, folder, model, checkpoint, options, args)
+            embeddings = classify_all(files, results, checkpoint, options, args, pool, labels)
             rows = results.publish(paths, labels)
             if not args.shard:
                 kept = {row["file"] for row in rows if row["predicted_class"]}
