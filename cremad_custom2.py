@@ -197,7 +197,9 @@ def wrong_mel_settings(settings: dict) -> str:
         return f"n_mels is {shown['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
     if type(settings["hop_length"]) is not int or not 1 <= settings["hop_length"] <= n_fft:
         return f"hop_length is {shown['hop_length']}: must be 1 to n_fft, {n_fft}"
-    fmin, fmax, nyquist = settings["fmin"], settings["fmax"], settings["sample_rate"] / 2
+    fmin = settings["fmin"]
+    fmax = settings["fmax"]
+    nyquist = settings["sample_rate"] / 2
     if {type(fmin), type(fmax)} - {int, float} or not 0 <= fmin < fmax <= nyquist:
         return (
             f"fmin is {shown['fmin']}, fmax {shown['fmax']}: must be 0 <= fmin < fmax <= "
@@ -1186,7 +1188,9 @@ def plot_bars(axes: Any, groups: list[str], is_right: pd.Series, order: list[str
     """
     table = (is_right / 100).groupby(np.asarray(groups)).agg(["mean", "size"])
     table = table.sort_values("mean") if order is None else table.reindex(order).dropna()
-    share, n, z = table["mean"], table["size"], 1.96
+    share = table["mean"]
+    n = table["size"]
+    z = 1.96
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     reach = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     below = (share - middle + reach).clip(lower=0)

@@ -365,7 +365,9 @@ def wrong_mel_settings(settings: dict) -> str:
         return f"n_mels is {shown['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
     if type(settings["hop_length"]) is not int or not 1 <= settings["hop_length"] <= n_fft:
         return f"hop_length is {shown['hop_length']}: must be 1 to n_fft, {n_fft}"
-    fmin, fmax, nyquist = settings["fmin"], settings["fmax"], settings["sample_rate"] / 2
+    fmin = settings["fmin"]
+    fmax = settings["fmax"]
+    nyquist = settings["sample_rate"] / 2
     if {type(fmin), type(fmax)} - {int, float} or not 0 <= fmin < fmax <= nyquist:
         return (
             f"fmin is {shown['fmin']}, fmax {shown['fmax']}: must be 0 <= fmin < fmax <= "
