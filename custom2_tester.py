@@ -855,7 +855,7 @@ def sound_length(path: Path) -> float:
 def window_starts(duration: float, window: float, step: float) -> list[float]:
     """Seconds at which the windows of a recording start; the last one ends with it."""
     rest = duration - window
-    if rest <= 0:
+    if rest < 1e-6:  # less than a sample
         return [0.0]
     return [*np.arange(0.0, rest - 1e-6, step).tolist(), rest]
 

@@ -20,6 +20,8 @@ import pandas as pd
 import soundfile
 from editing import ROOT
 from matplotlib.figure import Figure
+from scipy.signal import ShortTimeFFT
+from scipy.signal.windows import hann
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -55,6 +57,28 @@ def room(samples: np.ndarray, rate: int, random: Random, seconds: float) -> np.n
     return heard * np.sqrt(np.mean(samples**2) / np.mean(heard[: len(samples)] ** 2))
 
 
+def suppressed(samples: np.ndarray, rate: int, random: Random, decibels: float) -> np.ndarray:
+    """The clip, its own noise subtracted in the spectrum by at most `decibels`."""
+    stft = ShortTimeFFT(hann(512, sym=False), 128, rate)
+    spectrum = stft.stft(samples)  # (bins, frames)
+    power = np.abs(spectrum) ** 2 + 1e-20
+    n_quiet = max(1, power.shape[1] // 10)
+    quiet = power.sum(axis=0).argsort()[:n_quiet]
+    share = 4 * power[:, quiet].mean(axis=1, keepdims=True) / power
+    gain = np.maximum(1 - share, 10 ** (-decibels / 10) * np.minimum(1, share))
+    return stft.istft(spectrum * np.sqrt(gain), k1=len(samples))
+
+
+def automatic_gain(samples: np.ndarray, rate: int, random: Random, target: float) -> np.ndarray:
+    """The clip, every stretch of 0.4 s brought smoothly to `target` dBFS, by at most 30 dB."""
+    n = int(0.4 * rate)
+    starts = range(0, len(samples), n)
+    power = np.array([np.mean(samples[start : start + n] ** 2) for start in starts])
+    gain = np.clip(target - 10 * np.log10(power + 1e-12), -30, 30)
+    middles = np.array(starts) + n / 2
+    return samples * 10 ** (np.interp(np.arange(len(samples)), middles, gain) / 20)
+
+
 CONDITIONS = {  # name: (function, its arguments)
     "clean": (level, 0),
     "level -20 dB": (level, -20),
@@ -67,6 +91,9 @@ CONDITIONS = {  # name: (function, its arguments)
     "telephone 300-3400 Hz": (band, 300, 3400),
     "room 0.3 s": (room, 0.3),
     "room 0.6 s": (room, 0.6),
+    "noise suppressed by 20 dB": (suppressed, 20),
+    "noise suppressed by 60 dB": (suppressed, 60),
+    "automatic gain": (automatic_gain, -20),
 }
 
 
