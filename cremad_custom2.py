@@ -72,7 +72,7 @@ HEADS = 8  # of the self-attention
 DROPOUT = 0.3
 # training
 BATCH_SIZE = 64  # of each process under torchrun
-EPOCHS = 16
+EPOCHS = 22
 LEARNING_RATE = 2.5e-4  # under torchrun times the square root of the number of processes
 WARMUP_EPOCHS = 1  # the learning rate rises linearly from 0; 0 = off
 WEIGHT_DECAY = 0.01
@@ -82,11 +82,15 @@ MEL_MASK = 16  # mel bands masked, at most; 0 = off
 SPEED_PERTURB = 0.2  # training clips are slower or faster, at most by this share; 0 = off
 MEL_SHIFT = 4  # moved up or down, at most by this many mel bands; 0 = off
 RANDOM_EQ_DB = 3.0  # standard deviation of a random tone curve: other rooms, microphones; 0 = off
-RANDOM_GAIN_DB = 3.0  # standard deviation of a random gain; 0 = off
+RANDOM_GAIN_DB = 4.0  # standard deviation of a random gain; 0 = off
 NARROW_BAND = 0.1  # share of training clips without outer bands, as on a telephone; 0 = off
+OTHER_FLOOR = 0.4  # share with another noise floor, as rooms and suppressors make it; 0 = off
+AUTOMATIC_GAIN = 0.2  # share whose loudness is evened out, as by phones; 0 = off
+ADD_FLOOR = True  # the training's noise floor is added to every clip, in training and in use
 EMA_DECAY = 0.997  # a step, of the averaged weights that are validated and saved; 0 = off
 GRADIENT_CLIP = 1.0  # norm
-DECAY_AFTER = 9  # epochs; after each later one the learning rate is multiplied
+SENTENCE_WEIGHT = 0.0  # 0.2: better on CREMA-D's own sentences, worse on other people's; README
+DECAY_AFTER = 14  # epochs; after each later one the learning rate is multiplied
 LR_DECAY = 0.65  # by this; 1 = off
 LR_FACTOR = 0.5  # of ReduceLROnPlateau
 LR_PATIENCE = 3  # epochs without a better validation accuracy that the rate survives
@@ -132,6 +136,7 @@ def check_numbers() -> None:
         ("BATCH_SIZE HIDDEN", int, 2, 10**6),  # batch norm cannot train on one clip
         ("SEED", int, 0, 2**32 - 1),
         ("DROPOUT LABEL_SMOOTHING SPEED_PERTURB NARROW_BAND", float, 0, 0.99),
+        ("OTHER_FLOOR AUTOMATIC_GAIN SENTENCE_WEIGHT", float, 0, 1),
         ("EMA_DECAY", float, 0, 0.99999),
         ("WEIGHT_DECAY RANDOM_EQ_DB RANDOM_GAIN_DB", float, 0, 30),
         ("LEARNING_RATE GRADIENT_CLIP", float, 1e-12, 1e30),
@@ -408,17 +413,21 @@ def allocate_frames(n_frames: int, n_mels: int) -> np.ndarray:
 class Spectrograms:
     """All spectrograms end to end in one tensor: a batch is one gather, no loader is needed.
 
-    frames: float32 (all frames, mel bands), normalised; start, length, label: int64 (clips,), on
-    the CPU. indices: {"train", "val", "test"}: the numbers of a part's clips. varies: bool (mel
-    bands,), False for bands that are constant. n_cut: frames past MAX_WIDTH, (clips,).
+    frames: float32 (all frames, mel bands), dB; start, length, label: int64 (clips,), on the CPU.
+    indices: {"train", "val", "test"}: the numbers of a part's clips. varies: bool (mel bands,),
+    False for bands that are constant. n_cut: frames past MAX_WIDTH, (clips,). frame_rate: frames
+    a second.
     """
 
-    def __init__(self, clips: pd.DataFrame, n_mels: int, start: dict | None = None) -> None:
+    def __init__(self, clips: pd.DataFrame, mel_config: dict, start: dict | None = None) -> None:
+        n_mels = mel_config["n_mels"]
+        self.frame_rate = mel_config["sample_rate"] / mel_config["hop_length"]
         self.indices = {
             part: torch.from_numpy(np.flatnonzero(clips.split == part))
             for part in ("train", "val", "test")
         }
         self.label = torch.tensor([list(EMOTIONS).index(code) for code in clips.emotion])
+        self.n_sentences, self.sentence = number_sentences(clips)
         capacity = sum(path.stat().st_size for path in clips.path) // (4 * n_mels)
         frames = allocate_frames(capacity, n_mels)
         lengths = []
@@ -441,38 +450,44 @@ class Spectrograms:
         self.measured, self.varies = self.measure_bands()
         # A model to fine-tune expects its own normalisation.
         self.normalization = start["normalization"] if start else self.measured
-        mean = torch.tensor(self.normalization["mean"])
-        self.frames.sub_(mean).div_(torch.tensor(self.normalization["std"]))
 
     def clip(self, i: int) -> Tensor:
-        """One clip, (frames, mel bands)."""
+        """One clip, dB (frames, mel bands)."""
         return self.frames[self.start[i] : self.start[i] + self.length[i]]
 
     def part(self, name: str) -> list[Tensor]:
-        """The clips of "train", "val" or "test"."""
-        return [self.clip(i) for i in self.indices[name]]
+        """The clips of "train", "val" or "test", normalised."""
+        return [normalize(self.clip(i), self.normalization) for i in self.indices[name]]
 
     def labels(self, name: str) -> Tensor:
         """Their emotions: int64 (clips,), in the order of EMOTIONS."""
         return self.label[self.indices[name]]
 
     def measure_bands(self) -> tuple[dict[str, list[float]], Tensor]:
-        """Mean and deviation of each mel band over the training clips, dB, and which bands vary.
+        """The training clips' mean, deviation and floor of each mel band, dB; which bands vary.
 
-        A band without an STFT bin is constant: it gets deviation 1.
+        A band without an STFT bin is constant: it gets deviation 1. The floor is the median over
+        the clips, and taken under each before mean and deviation are measured.
         """
-        total = torch.zeros(self.frames.shape[1], dtype=torch.float64)
+        train = [self.clip(i) for i in self.indices["train"]]
+        n_mels = self.frames.shape[1]
+        measured = {"mean": [0.0] * n_mels, "std": [1.0] * n_mels}
+        if ADD_FLOOR:
+            floors = [noise_floor(mel[None], torch.tensor([len(mel)]))[0] for mel in train]
+            measured["floor"] = torch.stack(floors).median(0).values.tolist()
+        total = torch.zeros(n_mels, dtype=torch.float64)
         squares = torch.zeros_like(total)
         n_frames = 0
-        for mel in self.part("train"):
-            total += mel.double().sum(0)
-            squares += mel.double().square().sum(0)
+        for mel in train:
+            filled = normalize(mel, measured).double()
+            total += filled.sum(0)
+            squares += filled.square().sum(0)
             n_frames += len(mel)
         mean = total / n_frames
         variance = squares / n_frames - mean.square()
         varies = variance > 1e-4
         std = torch.where(varies, variance.clamp(min=1e-4).sqrt(), 1.0)
-        return {"mean": mean.tolist(), "std": std.tolist()}, varies
+        return measured | {"mean": mean.tolist(), "std": std.tolist()}, varies
 
     def to_gpu_if_it_fits(self, device: torch.device) -> None:
         """Moves all frames to a GPU of which they take less than half; else batch by batch."""
@@ -484,9 +499,9 @@ class Spectrograms:
     def batch(
         self, index: Tensor, rate: Tensor, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Training clips, each at its own speed, padded with zeros to a multiple of 8 frames.
+        """Training clips, each at its own speed, padded to a multiple of 8 frames.
 
-        Returns (clips, frames, mel bands), lengths on the CPU, labels.
+        Returns dB (clips, frames, mel bands), lengths on the CPU, labels.
         """
         length = (self.length[index] / rate).ceil().long().clamp(max=MAX_WIDTH)
         # A multiple of 8, so that there are few different widths: oneDNN keeps memory for each.
@@ -494,8 +509,21 @@ class Spectrograms:
         source = (step * rate[:, None]).long().minimum(self.length[index, None] - 1)
         source += self.start[index, None]
         x = self.frames[source.to(self.frames.device)].to(device)
-        mask = length_mask(length, len(step)).to(device)
-        return x * mask[:, :, None], length, self.label[index].to(device)
+        return x, length, self.label[index].to(device)
+
+
+def number_sentences(clips: pd.DataFrame) -> tuple[int, Tensor]:
+    """How many sentences the training clips' names tell, and each clip's, int64 (clips,); else -1.
+
+    The sentence is a name's second field, as in 1001_DFA_ANG_XX. 0 sentences if a training clip
+    has none, or unless 2 to 100 of them are spoken by at least three speakers each.
+    """
+    sentence = clips.stem.str.split("_").str.get(1)
+    is_train = clips.split == "train"
+    speakers = clips[is_train].groupby(sentence[is_train]).actor.nunique()
+    number = pd.Categorical(sentence, speakers.index).codes.astype(np.int64)
+    is_shared = 2 <= len(speakers) <= 100 and speakers.min() >= 3 and (number[is_train] >= 0).all()
+    return len(speakers) if is_shared else 0, torch.from_numpy(number)
 
 
 def speaker_levels(clips: pd.DataFrame, levels: np.ndarray) -> dict[str, float]:
@@ -541,18 +569,68 @@ def draw_epoch(data: Spectrograms, generator: torch.Generator) -> tuple[Tensor, 
 def augment_batch(x: Tensor, lengths: Tensor, data: Spectrograms) -> Tensor:
     """Another voice, room, microphone and line for each clip of a batch, and parts of it masked.
 
-    x: normalised (B, T, M), zero past each clip's frames, and still so afterwards.
+    x: dB (B, T, M), anything past each clip's frames. Returns it normalised, zero past them.
     """
-    n_clips, _, n_mels = x.shape
-    mean = torch.tensor(data.normalization["mean"])
-    std = torch.tensor(data.normalization["std"])
-    eq = random_eq(n_clips, n_mels) / std
+    n_clips, n_frames, n_mels = x.shape
+    eq = random_eq(n_clips, n_mels)
     is_outer = random_outer_bands(n_clips, n_mels)
-    x = shift_bands(x) + eq.to(x.device)[:, None]
-    silence = ((SILENCE_DB - mean) / std).to(x.device)
-    x = torch.where(is_outer.to(x.device)[:, None], silence, x)
-    mask = length_mask(lengths, x.shape[1])[:, :, None] & data.varies
-    return spec_augment(x * mask.to(x.device), lengths)
+    if OTHER_FLOOR:
+        x = other_floors(x, lengths)
+    x = shift_bands(x)
+    if AUTOMATIC_GAIN:
+        x = automatic_gain(x, lengths, data.level["median"], round(0.4 * data.frame_rate))
+    x = x + eq.to(x.device)[:, None]
+    x = x.masked_fill(is_outer.to(x.device)[:, None], SILENCE_DB)
+    mask = length_mask(lengths, n_frames)[:, :, None].to(x.device) & data.varies.to(x.device)
+    x = normalize(x, data.normalization).masked_fill(~mask, 0.0)
+    return spec_augment(x, lengths)
+
+
+def noise_floor(x: Tensor, lengths: Tensor) -> Tensor:
+    """Mean over the tenth of a clip's frames with the least energy: dB (B, T, M) to dB (B, M).
+
+    Digital silence is no noise: its frames are left out while there are others.
+    """
+    power = 10 ** (x / 10)
+    is_clip = length_mask(lengths.to(x.device), x.shape[1])
+    is_silent = (x <= SILENCE_DB).all(2)
+    energy = power.sum(2).masked_fill(is_silent, 1e30).masked_fill(~is_clip, math.inf)
+    n_quiet = ((is_clip & ~is_silent).sum(1, keepdim=True) // 10).clamp(min=1)
+    rank = energy.argsort(1).argsort(1)
+    is_quiet = rank < n_quiet
+    mean = (power * is_quiet[:, :, None]).sum(1) / n_quiet
+    return 10 * mean.log10().clamp(min=SILENCE_DB / 10)
+
+
+def other_floors(x: Tensor, lengths: Tensor) -> Tensor:
+    """Another noise floor, from 60 dB lower to 20 dB higher, for a share of the clips of (B, T, M).
+
+    The clip's own is subtracted threefold, as a noise suppressor does, and takes of soft speech
+    what it takes.
+    """
+    size = (len(x), 1, 1)
+    offset = torch.empty(size).uniform_(-60, 20)
+    wobble = 2 * torch.randn(x.shape)
+    is_other = torch.rand(size) < OTHER_FLOOR
+    floor = noise_floor(x, lengths)[:, None]
+    voice = 10 ** (x / 10) - 3 * 10 ** (floor / 10)
+    noise = 10 ** ((floor + (offset + wobble).to(x.device)) / 10)
+    power = voice.clamp(min=0) + noise
+    mixed = 10 * power.log10().clamp(min=SILENCE_DB / 10)
+    return torch.where(is_other.to(x.device), mixed, x)
+
+
+def automatic_gain(x: Tensor, lengths: Tensor, target: float, n_frames: int) -> Tensor:
+    """Evens out the level, dB over n_frames, of a share of the clips of (B, T, M), as phones do."""
+    size = (len(x), 1)
+    strength = torch.empty(size).uniform_(0.5, 1) * (torch.rand(size) < AUTOMATIC_GAIN)
+    is_clip = length_mask(lengths.to(x.device), x.shape[1])
+    power = (10 ** (x / 10)).mean(2) * is_clip
+    window = {"kernel_size": 2 * (n_frames // 2) + 1, "stride": 1, "padding": n_frames // 2}
+    mean = F.avg_pool1d(power, **window) / F.avg_pool1d(is_clip.float(), **window).clamp(min=1e-6)
+    level = 10 * mean.log10().clamp(min=SILENCE_DB / 10)
+    gain = (target - level).clamp(-30, 30) * strength.to(x.device)
+    return x + gain[:, :, None]
 
 
 def shift_bands(x: Tensor) -> Tensor:
@@ -572,8 +650,8 @@ def random_eq(n_clips: int, n_mels: int) -> Tensor:
 
 def random_outer_bands(n_clips: int, n_mels: int) -> Tensor:
     """True at the outer bands of a share NARROW_BAND of the clips: a telephone line."""
-    low = 0.1 * torch.rand(n_clips, 1) * n_mels
-    high = (0.7 + 0.3 * torch.rand(n_clips, 1)) * n_mels
+    low = 0.15 * torch.rand(n_clips, 1) * n_mels
+    high = (0.65 + 0.35 * torch.rand(n_clips, 1)) * n_mels
     band = torch.arange(n_mels)
     is_narrow = torch.rand(n_clips, 1) < NARROW_BAND
     return ((band < low) | (band >= high)) & is_narrow
@@ -781,6 +859,21 @@ def clip_level(mel: np.ndarray) -> float:
     return float(10 * np.log10(np.percentile(power, 95)))
 
 
+def normalize(mel: Tensor, normalization: dict) -> Tensor:
+    """A log-mel in dB (..., mel bands) as the model takes it: over a noise floor, centred, scaled.
+
+    normalization: mean, std and, where the model has one, floor, of each mel band in dB. The floor
+    is added in power, so that what lies far under it (a noise suppressor's silence) is not seen.
+    """
+    mean = torch.tensor(normalization["mean"]).to(mel.device)
+    std = torch.tensor(normalization["std"]).to(mel.device)
+    if "floor" in normalization:
+        nepers = math.log(10) / 10  # a decibel
+        floor = torch.tensor(normalization["floor"]).to(mel.device)
+        mel = torch.logaddexp(nepers * mel, nepers * floor) / nepers
+    return (mel - mean) / std
+
+
 def try_device(device: torch.device) -> None:
     """Raises RuntimeError where a device cannot compute: a GPU too old for this PyTorch."""
     nn.LSTM(1, 1).to(device)(torch.zeros(1, 1, 1, device=device))[0].cpu()
@@ -790,18 +883,41 @@ def try_device(device: torch.device) -> None:
 # Training
 
 
+class TrainedModel(nn.Module):
+    """The classifier and, where there are sentences to tell apart, a linear head that names them.
+
+    The head is of use in training alone: it makes the embedding tell what is said from how.
+    """
+
+    def __init__(self, classifier: EmotionClassifier, n_sentences: int) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.sentence_head = None
+        if n_sentences:
+            self.sentence_head = nn.Linear(classifier.head[0].in_features, n_sentences)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of emotions and, with a head for them, of sentences: (B, classes) each."""
+        embedding = self.classifier.encode(x, lengths)
+        sentence = self.sentence_head(embedding) if self.sentence_head else None
+        return self.classifier.head(embedding), sentence
+
+
 class TrainState:
     """What an epoch changes and last_checkpoint.pth keeps: weights, schedules, history."""
 
-    def __init__(self, model_config: dict, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model_config: dict, device: torch.device, dtype: torch.dtype, n_sentences: int = 0
+    ) -> None:
         torch.manual_seed(SEED)
         self.device = device
         self.dtype = dtype
         self.model = EmotionClassifier(**model_config)
-        self.model.to(device, memory_format=torch.channels_last)
-        self.parallel = self.model
+        self.trained = TrainedModel(self.model, n_sentences if SENTENCE_WEIGHT else 0)
+        self.trained.to(device, memory_format=torch.channels_last)
+        self.parallel = self.trained
         if WORLD_SIZE > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(self.model)
+            self.parallel = nn.parallel.DistributedDataParallel(self.trained)
         self.ema = torch.optim.swa_utils.AveragedModel(
             self.model, multi_avg_fn=ema_update, use_buffers=True
         )
@@ -810,7 +926,7 @@ class TrainState:
                 module.flatten_parameters()  # copied one by one: cuDNN would gather them each time
         self.peak_lr = LEARNING_RATE * math.sqrt(WORLD_SIZE)  # Malladi et al., arXiv:2205.10287
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), self.peak_lr, weight_decay=WEIGHT_DECAY, fused=True
+            self.trained.parameters(), self.peak_lr, weight_decay=WEIGHT_DECAY, fused=True
         )
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "max", factor=LR_FACTOR, patience=LR_PATIENCE
@@ -825,7 +941,10 @@ class TrainState:
     def parts(self) -> dict:
         """What has a state dict of its own."""
         names = ("model", "ema", "optimizer", "scheduler", "scaler")
-        return {name: getattr(self, name) for name in names}
+        parts = {name: getattr(self, name) for name in names}
+        if self.trained.sentence_head:
+            parts["sentence_head"] = self.trained.sentence_head
+        return parts
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Takes the weights of a best_model.pth, to fine-tune them."""
@@ -988,22 +1107,29 @@ def train_epoch(state: TrainState, data: Spectrograms, epoch: int) -> tuple[floa
     for step, (index, rate) in enumerate(bar, start=1):
         state.warm_up(epoch, step / len(own))
         x, lengths, label = data.batch(index, rate, state.device)
-        total += train_step(state, augment_batch(x, lengths, data), lengths, label)
+        x = augment_batch(x, lengths, data)
+        sentence = data.sentence[index].to(state.device)
+        total += train_step(state, x, lengths, label, sentence)
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(total)
     loss, n_right = total.tolist()
     return loss / len(own) / WORLD_SIZE, n_right / batches.numel()
 
 
-def train_step(state: TrainState, x: Tensor, lengths: Tensor, label: Tensor) -> Tensor:
+def train_step(
+    state: TrainState, x: Tensor, lengths: Tensor, label: Tensor, sentence: Tensor
+) -> Tensor:
     """One step of the optimizer; returns loss and number of right answers, (2,), on the device."""
     is_mixed = state.dtype != torch.float32
     with torch.autocast(state.device.type, state.dtype if is_mixed else None, enabled=is_mixed):
-        logits = state.parallel(x, lengths)
+        logits, sentence_logits = state.parallel(x, lengths)
     loss = F.cross_entropy(logits.float(), label, label_smoothing=LABEL_SMOOTHING)
-    state.scaler.scale(loss).backward()
+    total = loss
+    if sentence_logits is not None:
+        total = loss + SENTENCE_WEIGHT * F.cross_entropy(sentence_logits.float(), sentence)
+    state.scaler.scale(total).backward()
     state.scaler.unscale_(state.optimizer)
-    nn.utils.clip_grad_norm_(state.model.parameters(), GRADIENT_CLIP)
+    nn.utils.clip_grad_norm_(state.trained.parameters(), GRADIENT_CLIP)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
@@ -1338,6 +1464,11 @@ def training_notes(clips: pd.DataFrame, data: Spectrograms) -> list[str]:
     if n_steps < 20:
         steps = count(n_steps, "step")
         notes.append(f"an epoch has {steps} of BATCH_SIZE {BATCH_SIZE}: lower it, or raise EPOCHS.")
+    if SENTENCE_WEIGHT and not data.n_sentences:
+        notes.append(
+            "SENTENCE_WEIGHT does nothing: the names' second field must tell 2 to 100 sentences, "
+            "each by at least three of the training speakers."
+        )
     if data.n_cut.any():
         share = 100 * data.n_cut.sum() / (data.n_cut + data.length).sum()
         longest = (data.n_cut + data.length).max()
@@ -1847,12 +1978,12 @@ def train_model() -> int:
     output_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(output_dir) if RANK == 0 else contextlib.nullcontext():
         start = read_start(clips, mel_config)
-        data = Spectrograms(clips, mel_config["n_mels"], start)
+        data = Spectrograms(clips, mel_config, start)
         data.to_gpu_if_it_fits(device)
         config = training_config(clips, mel_config, data, start)
         progress = on_rank_0(read_progress, output_dir, config) if RESUME else None
         dtype = on_rank_0(choose_dtype, device, progress)
-        state = TrainState(model_config(mel_config["n_mels"]), device, dtype)
+        state = TrainState(model_config(mel_config["n_mels"]), device, dtype, data.n_sentences)
         if progress:
             state.load_state_dict(progress)
         elif start:

@@ -625,6 +625,21 @@ def clip_level(mel: np.ndarray) -> float:
     return float(10 * np.log10(np.percentile(power, 95)))
 
 
+def normalize(mel: Tensor, normalization: dict) -> Tensor:
+    """A log-mel in dB (..., mel bands) as the model takes it: over a noise floor, centred, scaled.
+
+    normalization: mean, std and, where the model has one, floor, of each mel band in dB. The floor
+    is added in power, so that what lies far under it (a noise suppressor's silence) is not seen.
+    """
+    mean = torch.tensor(normalization["mean"]).to(mel.device)
+    std = torch.tensor(normalization["std"]).to(mel.device)
+    if "floor" in normalization:
+        nepers = math.log(10) / 10  # a decibel
+        floor = torch.tensor(normalization["floor"]).to(mel.device)
+        mel = torch.logaddexp(nepers * mel, nepers * floor) / nepers
+    return (mel - mean) / std
+
+
 def try_device(device: torch.device) -> None:
     """Raises RuntimeError where a device cannot compute: a GPU too old for this PyTorch."""
     nn.LSTM(1, 1).to(device)(torch.zeros(1, 1, 1, device=device))[0].cpu()
@@ -939,13 +954,12 @@ def predict_windows(
     mels: (mel bands, frames) in dB, not normalised.
     """
     device = next(model.parameters()).device
-    mean = torch.tensor(checkpoint["normalization"]["mean"])
-    std = torch.tensor(checkpoint["normalization"]["std"])
+    normalization = checkpoint["normalization"]
     good = [i for i, mel in enumerate(mels) if mel is not None]
     probabilities = np.full((len(mels), len(checkpoint["classes"])), np.nan, np.float32)
     embeddings = np.full((len(mels), model.head[0].in_features), np.nan, np.float32)
     if good:
-        normalised = [(torch.from_numpy(mels[i].T) - mean) / std for i in good]
+        normalised = [normalize(torch.from_numpy(mels[i].T), normalization) for i in good]
         encoded = encode_clips(model, normalised, batch_size, device)
         embeddings[good] = encoded
         logits = head_logits(model, encoded, device)

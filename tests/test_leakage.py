@@ -18,6 +18,7 @@ CODES = list(trainer.EMOTIONS)
 VARIANTS = ("original", "pitch_up", "noise_low")
 # One dtype wherever these run: whether bfloat16 is faster depends on what else the machine does.
 PLAIN = TOY | {"AMP": "off"}
+MEL = {"sample_rate": 16000, "hop_length": 512, "n_mels": 128}
 
 
 def no_pictures(figure, path, dpi=200):
@@ -269,11 +270,11 @@ def test_held_out_clips_never_train(mels, constants, by):
     clips = trainer.assign_split(trainer.list_clips(mels))
     found = []
     for spoilt in (False, True):
-        data = trainer.Spectrograms(clips, 128)
+        data = trainer.Spectrograms(clips, MEL)
         if spoilt:
             for part in ("val", "test"):
-                for mel in data.part(part):
-                    mel.fill_(torch.nan)
+                for i in data.indices[part]:
+                    data.clip(i).fill_(torch.nan)
             assert data.frames.isnan().any(), "nothing was spoilt"
         state = trainer.TrainState(trainer.model_config(128), torch.device("cpu"), torch.float32)
         loss, _ = trainer.train_epoch(state, data, 1)
@@ -284,12 +285,17 @@ def test_held_out_clips_never_train(mels, constants, by):
 
 
 def test_statistics_are_of_the_training_clips_alone(mels, constants):
-    """Mean and deviation of each band, and the level, against NumPy on the files."""
+    """Floor, mean and deviation of each band, and the level, against NumPy on the files."""
     constants(**PLAIN | {"SPLIT": "actor"})
     clips = trainer.assign_split(trainer.list_clips(mels))
-    data = trainer.Spectrograms(clips, 128)
+    data = trainer.Spectrograms(clips, MEL)
     trained = clips[clips.split == "train"]
-    values = np.concatenate([np.load(path) for path in trained.path], 1).astype(float)
+    mels = [np.load(path).astype(float) for path in trained.path]
+    powers = [10 ** (mel[:, (mel > -100).any(0)] / 10) for mel in mels]
+    quiet = [p[:, p.sum(0).argsort()[: max(1, p.shape[1] // 10)]].mean(1) for p in powers]
+    floor = np.sort(quiet, axis=0)[(len(quiet) - 1) // 2]
+    assert np.allclose(data.normalization["floor"], 10 * np.log10(floor), atol=1e-3)
+    values = 10 * np.log10(10 ** (np.concatenate(mels, 1) / 10) + floor[:, None])
     assert np.allclose(data.normalization["mean"], values.mean(1))
     assert np.allclose(data.normalization["std"], values.std(1), atol=1e-3)
     levels = {}

@@ -744,13 +744,9 @@ def test_the_validation_of_a_fine_tuning_begins_where_the_model_stood(others, tu
     """
     split = [row for row in read_table(tuned / "split.csv") if row["split"] == "val"]
     start = torch.load(model, weights_only=True)
-    mean = torch.tensor(start["normalization"]["mean"])
-    std = torch.tensor(start["normalization"]["std"])
-    clips = [
-        (torch.from_numpy(np.load(others / r["emotion"] / f"{r['stem']}_original.npy").T) - mean)
-        / std
-        for r in split
-    ]
+    paths = [others / row["emotion"] / f"{row['stem']}_original.npy" for row in split]
+    mels = [torch.from_numpy(np.load(path).T) for path in paths]
+    clips = [tester.normalize(mel, start["normalization"]) for mel in mels]
     networks = [tester.load_model(path, CPU)[0] for path in (model, tuned / "best_model.pth")]
     old, new = (tester.predict_logits(network, clips, 4, CPU) for network in networks)
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -187,7 +188,6 @@ def test_clips_are_whole_and_at_another_speed(constants):
         assert label.tolist() == [1, 0, 1]
         seen |= set(lengths[[0, 2]].tolist())
         for clip, n in zip(x[[0, 2], :, 0], lengths[[0, 2]], strict=True):
-            assert (clip[n:] == 0).all()
             assert clip[0] == 101
             assert (clip[:n].diff() >= 0).all()
             assert n == 90 or 178 <= clip[n - 1] <= 180
@@ -231,11 +231,11 @@ def test_a_share_of_clips_loses_outer_bands(constants):
     constants(NARROW_BAND=0.3)
     lost = trainer.random_outer_bands(2000, 50)
     assert lost[:, -1].float().mean() == pytest.approx(0.3, abs=0.05)
-    assert not lost[:, 5:35].any(), "the middle of the band is lost"
-    assert (lost[:, 35:-1] <= lost[:, 36:]).all()
-    assert (lost[:, :4] >= lost[:, 1:5]).all()
-    assert lost[:, 37].any()
-    assert lost[:, 0].any()
+    assert not lost[:, 8:32].any(), "the middle of the band is lost"
+    assert (lost[:, 32:-1] <= lost[:, 33:]).all()
+    assert (lost[:, :7] >= lost[:, 1:8]).all()
+    assert lost[:, 34].any()
+    assert lost[:, 6].any()
     constants(NARROW_BAND=0.0)
     assert not trainer.random_outer_bands(200, 50).any()
 
@@ -274,17 +274,24 @@ AUGMENTATIONS_OFF = {
     "RANDOM_EQ_DB": 0.0,
     "RANDOM_GAIN_DB": 0.0,
     "NARROW_BAND": 0.0,
+    "OTHER_FLOOR": 0.0,
+    "AUTOMATIC_GAIN": 0.0,
     "TIME_MASK": 0,
     "MEL_MASK": 0,
 }
 
 
-def normalised(n_mels, std=4.0, mean=-60.0, varies=None):
+def stand_in_data(n_mels, std=4.0, mean=-60.0, floor=None):
     """What augment_batch needs of the spectrograms."""
     normalization = {"mean": [mean] * n_mels, "std": [std] * n_mels}
-    if varies is None:
-        varies = torch.ones(n_mels, dtype=torch.bool)
-    return types.SimpleNamespace(normalization=normalization, varies=varies)
+    if floor is not None:
+        normalization["floor"] = [floor] * n_mels
+    return types.SimpleNamespace(
+        normalization=normalization,
+        varies=torch.ones(n_mels, dtype=torch.bool),
+        level={"median": -50.0},
+        frame_rate=10.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -294,6 +301,8 @@ def normalised(n_mels, std=4.0, mean=-60.0, varies=None):
         ("RANDOM_EQ_DB", 2.0),
         ("RANDOM_GAIN_DB", 2.0),
         ("NARROW_BAND", 0.9),
+        ("OTHER_FLOOR", 0.5),
+        ("AUTOMATIC_GAIN", 0.5),
         ("TIME_MASK", 4),
         ("MEL_MASK", 8),
     ],
@@ -301,27 +310,124 @@ def normalised(n_mels, std=4.0, mean=-60.0, varies=None):
 def test_each_augmentation_reaches_the_batch_but_not_its_padding(constants, name, value):
     torch.manual_seed(0)
     lengths = torch.tensor([9, 5] * 20)
-    x = torch.randn(40, 16, 32) * trainer.length_mask(lengths, 16)[:, :, None]
+    x = -60 + 4 * torch.randn(40, 16, 32)
+    clip = trainer.length_mask(lengths, 16)[:, :, None]
+    data = stand_in_data(32)
     constants(**AUGMENTATIONS_OFF)
-    assert torch.equal(trainer.augment_batch(x, lengths, normalised(32)), x)
+    state = torch.get_rng_state()
+    plain = trainer.augment_batch(x, lengths, data)
+    drawn = torch.get_rng_state()
+    assert torch.equal(plain, ((x + 60) / 4) * clip)
     constants(**{name: value})
-    augmented = trainer.augment_batch(x, lengths, normalised(32))
-    assert not torch.equal(augmented, x)
-    assert (augmented[::2, 9:] == 0).all()
-    assert (augmented[1::2, 5:] == 0).all()
+    torch.set_rng_state(state)
+    augmented = trainer.augment_batch(x, lengths, data)
+    assert not torch.equal(augmented, plain)
+    assert augmented.isfinite().all()
+    assert not augmented.masked_fill(clip, 0.0).any()
+    if name in ("OTHER_FLOOR", "AUTOMATIC_GAIN"):
+        assert not torch.equal(torch.get_rng_state(), drawn), "off, it draws all the same"
 
 
 def test_decibels_are_the_bands_deviations_and_lost_bands_silent(constants):
     torch.manual_seed(0)
-    x = torch.zeros(1000, 8, 32)
+    x = torch.full((1000, 8, 32), -60.0)
     lengths = torch.full((1000,), 8)
     constants(**AUGMENTATIONS_OFF | {"RANDOM_GAIN_DB": 2.0})
-    augmented = trainer.augment_batch(x, lengths, normalised(32))
+    augmented = trainer.augment_batch(x, lengths, stand_in_data(32))
     assert augmented[:, 0, 0].std() == pytest.approx(0.5, abs=0.05)  # 2 dB where a unit is 4
     assert (augmented == augmented[:, :1, :1]).all()
     constants(**AUGMENTATIONS_OFF | {"NARROW_BAND": 0.5})
-    augmented = trainer.augment_batch(x, lengths, normalised(32))
+    augmented = trainer.augment_batch(x, lengths, stand_in_data(32))
     assert set(augmented.unique().tolist()) == {0.0, -10.0}  # silence is -100 dB
+
+
+def test_a_clips_floor_is_the_mean_of_its_quietest_tenth():
+    """Against NumPy; neither padding nor digital silence counts, where there is anything else."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([40, 7])
+    x = -50 + 6 * torch.randn(2, 48, 12)
+    x[0, 40:] = -99.0
+    x[1, 7:] = 20.0
+    expected = []
+    for clip, n, n_quiet in zip(x.double().numpy(), (40, 7), (4, 1), strict=True):
+        power = 10 ** (clip[:n] / 10)
+        quietest = np.argsort(power.sum(1))[:n_quiet]
+        expected.append(10 * np.log10(power[quietest].mean(0)))
+    assert np.allclose(trainer.noise_floor(x, lengths), expected, atol=1e-3)
+    x[0, :10] = -100.0  # now a tenth of 30
+    power = 10 ** (x[0, 10:40].double().numpy() / 10)
+    quietest = np.argsort(power.sum(1))[:3]
+    floor = trainer.noise_floor(x, lengths)[0]
+    assert np.allclose(floor, 10 * np.log10(power[quietest].mean(0)), atol=1e-3)
+    silent = torch.full((1, 16, 12), -100.0)
+    assert (trainer.noise_floor(silent, torch.tensor([9])) == -100).all()
+
+
+def test_another_floor_takes_the_place_of_a_clips_own(constants):
+    """Voice loses three times the floor; the floor comes back 60 dB lower to 20 dB higher."""
+    torch.manual_seed(0)
+    constants(OTHER_FLOOR=1.0)
+    n_clips = 400
+    lengths = torch.full((n_clips,), 40)
+    x = torch.full((n_clips, 40, 16), -40.0)
+    x[:, 20:30] = 0.0  # voice, 40 dB over the floor
+    x[:, 30:, 8:] = -36.0  # under three times the floor, 4.8 dB over it: taken for noise
+    y = trainer.other_floors(x, lengths)
+    voice = 10 * math.log10(1 - 3e-4)
+    assert (y[:, 20:30] >= voice - 1e-3).all()
+    assert y[:, 20:30].median() == pytest.approx(voice, abs=0.05)
+    offset = (y[:, :20] + 40).mean((1, 2))
+    assert offset.min() == pytest.approx(-60, abs=2)
+    assert offset.max() == pytest.approx(20, abs=2)
+    assert (offset < -20).float().mean() == pytest.approx(0.5, abs=0.08)
+    assert (y[:, :20] - y[:, :20].mean((1, 2), keepdim=True)).std() == pytest.approx(2, abs=0.1)
+    taken = (y[:, 30:, 8:] + 40).mean((1, 2))
+    assert (taken - offset).abs().max() < 2, "what lies just over the floor stays"
+    deep = trainer.other_floors(x - 59, lengths)
+    assert deep.min() == pytest.approx(-100, abs=1e-3)
+
+
+def test_a_share_of_clips_gets_another_floor(constants):
+    torch.manual_seed(0)
+    constants(OTHER_FLOOR=0.3)
+    x = -60 + 4 * torch.randn(1000, 8, 4)
+    changed = (trainer.other_floors(x, torch.full((1000,), 8)) != x).any(2).any(1)
+    assert changed.float().mean() == pytest.approx(0.3, abs=0.05)
+
+
+def test_automatic_gain_evens_out_the_loudness(constants):
+    """Towards the target, by at most 30 dB, all bands of a frame alike; in a share of clips."""
+    torch.manual_seed(0)
+    constants(AUTOMATIC_GAIN=0.4)
+    n_clips = 1000
+    lengths = torch.full((n_clips,), 60)
+    x = torch.full((n_clips, 64, 4), -20.0)
+    x[:, 30:] = -90.0
+    y = trainer.automatic_gain(x, lengths, -10.0, 5)
+    gain = y - x
+    assert (gain == gain[:, :, :1]).all()
+    changed = gain.any(2).any(1)
+    assert changed.float().mean() == pytest.approx(0.4, abs=0.05)
+    loud = gain[changed, :25, 0]
+    assert (loud.min(), loud.max()) == (pytest.approx(5, abs=0.1), pytest.approx(10, abs=0.1))
+    soft = gain[changed, 35:60, 0]
+    assert (soft.min(), soft.max()) == (pytest.approx(15, abs=0.3), pytest.approx(30, abs=0.3))
+    ramp = gain[changed, 25:35, 0].diff(dim=1)
+    assert (ramp >= -1e-4).all(), "the gain jumps back and forth"
+
+
+def test_the_floor_is_added_before_mean_and_deviation():
+    """In power: equal to the floor is 3 dB above it, far under it is at it, far over it stays."""
+    normalization = {"mean": [-60.0] * 3, "std": [2.0] * 3, "floor": [-70.0] * 3}
+    mel = torch.tensor([[-70.0, -100.0, -10.0]])
+    expected = (torch.tensor([[-70 + 10 * math.log10(2), -69.9957, -10.0]]) + 60) / 2
+    assert torch.allclose(trainer.normalize(mel, normalization), expected, atol=1e-4)
+    del normalization["floor"]
+    assert torch.equal(trainer.normalize(mel, normalization), (mel + 60) / 2)
+
+
+MEL_16 = {"sample_rate": 16000, "hop_length": 256, "n_mels": 16}
+MEL_128 = {"sample_rate": 16000, "hop_length": 512, "n_mels": 128}
 
 
 def write_mels(folder, mels, **settings):
@@ -353,18 +459,19 @@ def test_constant_mel_bands_have_deviation_one_and_are_left_alone(constants, tmp
     for mel in mels.values():
         mel[[2, 5]] = -100.0
     write_mels(tmp_path, mels)
-    constants(BATCH_SIZE=4, SPLIT="actor", MEL_SHIFT=0)
-    data = trainer.Spectrograms(trainer.assign_split(trainer.list_clips(tmp_path)), 16)
+    constants(BATCH_SIZE=4, SPLIT="actor", MEL_SHIFT=0, ADD_FLOOR=False)
+    data = trainer.Spectrograms(trainer.assign_split(trainer.list_clips(tmp_path)), MEL_16)
     assert [data.normalization["std"][i] for i in (2, 5)] == [1.0, 1.0]
     assert [data.normalization["mean"][i] for i in (2, 5)] == pytest.approx([-100.0, -100.0])
     assert (~data.varies).nonzero().flatten().tolist() == [2, 5]
-    assert data.frames[:, [2, 5]].abs().max() < 1e-3
+    assert max(mel[:, [2, 5]].abs().max() for mel in data.part("val")) < 1e-3
+    torch.manual_seed(0)
     constants(RANDOM_EQ_DB=10.0, RANDOM_GAIN_DB=10.0, NARROW_BAND=0.9)
     index = data.indices["train"]
     x, lengths, _ = data.batch(index, torch.ones(len(index)), CPU)
     augmented = trainer.augment_batch(x, lengths, data)
     assert not augmented[:, :, [2, 5]].any()
-    assert augmented[:, :, [1, 3, 4, 6]].any(1).all(1).sum() > len(index) / 2
+    assert augmented[:, :, [1, 3, 4, 6]].any(1).all(1).sum() > len(index) / 3
 
 
 # --------------------------------------------------------------------------------------
@@ -502,7 +609,7 @@ def test_the_dtype_reaches_the_model(constants, dtype):
     seen = []
     state.model.blocks[1].conv1.register_forward_hook(lambda m, i, output: seen.append(output))
     label = torch.arange(6)
-    trainer.train_step(state, torch.randn(6, 16, 16), torch.full((6,), 16), label)
+    trainer.train_step(state, torch.randn(6, 16, 16), torch.full((6,), 16), label, label)
     assert [output.dtype for output in seen] == [dtype]
 
 
@@ -634,7 +741,7 @@ def first_epoch(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (PLAIN | {"BATCH_SIZE": 8, "SPLIT": "actor"} | values).items():
                 patch.setattr(trainer, name, value)
-            data = trainer.Spectrograms(trainer.assign_split(trainer.list_clips(folder)), 16)
+            data = trainer.Spectrograms(trainer.assign_split(trainer.list_clips(folder)), MEL_16)
             state = trainer.TrainState(trainer.model_config(16), CPU, torch.float32)
             loss, _ = trainer.train_epoch(state, data, 1)
         models = (state.model, state.ema.module)
@@ -750,12 +857,13 @@ def test_the_model_file_is_version_2_and_tells_no_path(whole):
 
 def read_clips(mels, folder, part, normalization):
     """A part's originals, normalised, and their labels, read without the trainer's help."""
-    mean, std = (torch.tensor(normalization[name]) for name in ("mean", "std"))
+    mean, std, floor = (np.array(normalization[name]) for name in ("mean", "std", "floor"))
     rows = [row for row in read_table(folder / "split.csv") if row["split"] == part]
     clips = []
     for row in rows:
         mel = np.load(mels / row["emotion"] / f"{row['stem']}_original.npy")
-        clips.append((torch.from_numpy(mel.T) - mean) / std)
+        power = 10 ** (mel.T.astype(float) / 10) + 10 ** (floor / 10)
+        clips.append(torch.from_numpy((10 * np.log10(power) - mean) / std).float())
     label = torch.tensor([list(trainer.EMOTIONS).index(row["emotion"]) for row in rows])
     return rows, clips, label
 
@@ -1162,7 +1270,7 @@ def test_more_spectrograms_than_memory_holds(mels, constants, monkeypatch, tmp_p
     """Past half of the memory they stand in a nameless file: the same numbers, no file left."""
     constants(OUTPUT_DIR=str(tmp_path), **PLAIN)
     clips = trainer.assign_split(trainer.list_clips(mels))
-    inside = trainer.Spectrograms(clips, 128)
+    inside = trainer.Spectrograms(clips, MEL_128)
     monkeypatch.setattr(trainer, "memory_limit", lambda: 1e6)
     seen = []
     memmap = np.memmap
@@ -1172,7 +1280,7 @@ def test_more_spectrograms_than_memory_holds(mels, constants, monkeypatch, tmp_p
         return memmap(*arguments, **options)
 
     monkeypatch.setattr(trainer.np, "memmap", noted)
-    outside = trainer.Spectrograms(clips, 128)
+    outside = trainer.Spectrograms(clips, MEL_128)
     assert seen
     assert inside.normalization == outside.normalization
     assert torch.equal(inside.frames, outside.frames)
@@ -1473,7 +1581,7 @@ def test_a_local_world_size_left_over_is_ignored(mels, constants, monkeypatch, v
     constants(**PLAIN)
     clips = trainer.assign_split(trainer.list_clips(mels))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
-    trainer.Spectrograms(clips, 128)
+    trainer.Spectrograms(clips, MEL_128)
 
 
 def test_importing_changes_nothing(tmp_path, monkeypatch):

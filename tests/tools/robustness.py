@@ -4,9 +4,10 @@
         --output_dir robustness
 
 --trained is the trainer's OUTPUT_DIR: its split.csv names the test actors, its best_model.pth is
-tried. The conditions: level; white noise at a ratio to the clip's own power; a telephone's band;
-a room's echo, noise that decays exponentially by 60 dB in the time given. Writes robustness.csv
-and robustness.png. Run again, it goes on where it stopped.
+tried, with --adapt off and with auto. The conditions: level; white noise at a ratio to the clip's
+own power; a telephone's band; a room's echo, noise that decays exponentially by 60 dB in the time
+given; noise suppression; automatic gain. A condition in which a clip fails has failed: it gets no
+figures. Writes robustness.csv and robustness.png. Run again, it goes on where it stopped.
 """
 
 import argparse
@@ -18,12 +19,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import soundfile
+import torch
 from editing import ROOT
 from matplotlib.figure import Figure
 from scipy.signal import ShortTimeFFT
 from scipy.signal.windows import hann
 from tabulate import tabulate
 from tqdm import tqdm
+
+sys.path.insert(0, str(ROOT))
+from cremad_custom2 import EMOTIONS, calibration_error
 
 Random = np.random.Generator
 
@@ -108,30 +113,39 @@ def distort(paths: list[Path], folder: Path, condition: str) -> None:
         soundfile.write(folder / f"{path.stem}.wav", distorted, rate, subtype="FLOAT")
 
 
-def score(results: Path) -> dict[str, float]:
-    """Accuracy, UAR and mean confidence, in %, of a classification_results.csv."""
+def score(results: Path, n_clips: int) -> dict[str, float]:
+    """Figures, in %, of a classification_results.csv; none where any of the clips failed."""
     table = pd.read_csv(results)
-    table = table[table.error.isna()]
+    n_failed = n_clips - table.error.isna().sum()
+    if n_failed:
+        return {"clips": n_clips, "failed": n_failed}
     is_right = table.true_class == table.predicted_class
+    probabilities = torch.tensor(table[list(EMOTIONS.values())].to_numpy())
+    label = torch.tensor(table.true_class.map(list(EMOTIONS.values()).index).to_numpy())
     return {
-        "accuracy": 100 * is_right.mean(),
         "UAR": 100 * is_right.groupby(table.true_class).mean().mean(),
+        "accuracy": 100 * is_right.mean(),
         "confidence": 100 * table.confidence.mean(),
-        "clips": len(table),
+        "calibration_error": 100 * calibration_error(probabilities, label),
+        "clips": n_clips,
+        "failed": 0,
     }
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
-    """UAR by condition, that of the clean clips dashed."""
-    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
+    """UAR by condition, that of the clean clips dashed; --adapt auto beside off."""
+    figure = Figure(figsize=(5.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    colours = ["#D55E00" if name == "clean" else "#0072B2" for name in table.condition]
-    axes.barh(table.condition, table.UAR, color=colours)
-    axes.axvline(table.UAR[0], color="#D55E00", linestyle="--", linewidth=1)
+    names = list(CONDITIONS)
+    places = np.arange(len(names))
+    for adapt, colour, shift in (("off", "#E69F00", -0.2), ("auto", "#0072B2", 0.2)):
+        rows = table[table.adapt == adapt].set_index("condition").loc[names]
+        axes.barh(places + shift, rows.UAR, 0.4, color=colour, label=f"--adapt {adapt}")
+        axes.axvline(rows.UAR.iloc[0], color=colour, linestyle="--", linewidth=1)
     axes.axvline(100 / 6, color="#555555", linestyle=":", linewidth=1, label="chance")
-    axes.set(xlabel="UAR on unseen actors (%)", xlim=(0, 100))
+    axes.set(xlabel="UAR on unseen actors (%)", xlim=(0, 100), yticks=places, yticklabels=names)
     axes.invert_yaxis()
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=200)
 
 
@@ -146,11 +160,11 @@ def test_clips(clips: Path, trained: Path) -> list[Path]:
     return paths
 
 
-def classify(clips: Path, model: Path, output_dir: Path) -> None:
-    """Runs the tester on a folder."""
+def classify(clips: Path, model: Path, output_dir: Path, adapt: str) -> None:
+    """Runs the tester on a folder; clips that fail stand in its table."""
     command = [sys.executable, ROOT / "custom2_tester.py", "--input_dir", clips]
-    command += ["--model_path", model, "--output_dir", output_dir]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command += ["--model_path", model, "--output_dir", output_dir, "--adapt", adapt]
+    subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:
@@ -166,11 +180,13 @@ def main() -> None:
     rows = []
     for condition in CONDITIONS:
         folder = args.output_dir / condition.replace(" ", "_")
-        results = folder / "results" / "classification_results.csv"
-        if not results.exists():
-            distort(paths, folder / "clips", condition)
-            classify(folder / "clips", args.trained / "best_model.pth", results.parent)
-        rows.append({"condition": condition} | score(results))
+        for adapt in ("off", "auto"):
+            results = folder / f"adapt_{adapt}" / "classification_results.csv"
+            if not results.exists():
+                distort(paths, folder / "clips", condition)
+                classify(folder / "clips", args.trained / "best_model.pth", results.parent, adapt)
+            row = {"condition": condition, "adapt": adapt}
+            rows.append(row | score(results, len(paths)))
     table = pd.DataFrame(rows)
     table.to_csv(args.output_dir / "robustness.csv", index=False)
     plot(table, args.output_dir / "robustness.png")
