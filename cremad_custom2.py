@@ -158,7 +158,7 @@ def check_constants() -> None:
         may_be_empty = name == "START_FROM"
         if type(globals().get(name)) is not str or not (globals()[name] or may_be_empty):
             raise_wrong_constant(name, "a text in quotes")
-    for name in ("WEIGHTED_SAMPLING", "RESUME"):
+    for name in ("WEIGHTED_SAMPLING", "ADD_FLOOR", "RESUME"):
         if type(globals().get(name)) is not bool:
             raise_wrong_constant(name, "True or False")
     if globals().get("AMP") not in ("auto", "off"):
@@ -521,7 +521,7 @@ def number_sentences(clips: pd.DataFrame) -> tuple[int, Tensor]:
     sentence = clips.stem.str.split("_").str.get(1)
     is_train = clips.split == "train"
     speakers = clips[is_train].groupby(sentence[is_train]).actor.nunique()
-    number = pd.Categorical(sentence, speakers.index).codes.astype(np.int64)
+    number = speakers.index.get_indexer(sentence)
     is_shared = 2 <= len(speakers) <= 100 and speakers.min() >= 3 and (number[is_train] >= 0).all()
     return len(speakers) if is_shared else 0, torch.from_numpy(number)
 

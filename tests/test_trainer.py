@@ -773,6 +773,9 @@ def plain_epoch(first_epoch):
         ("RANDOM_EQ_DB", 0.0),
         ("RANDOM_GAIN_DB", 0.0),
         ("NARROW_BAND", 0.9),
+        ("OTHER_FLOOR", 0.0),
+        ("AUTOMATIC_GAIN", 0.0),
+        ("ADD_FLOOR", False),
         ("GRADIENT_CLIP", 1e-6),
         ("MAX_WIDTH", 20),
         ("SEED", 1),
@@ -791,6 +794,87 @@ def test_an_epoch_repeats_itself_and_its_averaged_weights_follow(first_epoch, pl
     assert (weights - averaged).abs().max() > 1e-5
     _, weights, averaged = first_epoch(EMA_DECAY=0.0)
     assert torch.equal(weights, averaged)
+
+
+# --------------------------------------------------------------------------------------
+# The sentence head
+
+
+def named(stems, n_train):
+    """Clips of these names, the first ones to train."""
+    table = pd.DataFrame({"stem": stems})
+    table["actor"] = table.stem.str.split("_").str[0]
+    table["split"] = ["train"] * n_train + ["val"] * (len(stems) - n_train)
+    return table
+
+
+def test_sentences_are_the_names_second_field_where_speakers_share_them():
+    shared = [f"{actor}_{sentence}_ANG" for actor in "abc" for sentence in ("DFA", "TIE")]
+    n, number = trainer.number_sentences(named([*shared, "d_TIE_ANG", "d_NEW_ANG", "e"], 6))
+    assert n == 2
+    assert number.tolist() == [0, 1, 0, 1, 0, 1, 1, -1, -1]
+    for wrong in (
+        [*shared, "a_ONE_ANG"],  # by one speaker alone
+        [*shared, "b"],  # without a second field
+        [f"{actor}_DFA_ANG" for actor in "abc"],
+        [f"{actor}_{sentence}_ANG" for actor in "abc" for sentence in range(101)],
+        [f"{actor}_{i}{actor}_ANG" for actor in "abc" for i in range(4)],
+    ):
+        assert trainer.number_sentences(named(wrong, len(wrong)))[0] == 0, wrong[-1]
+    many = [f"{actor}_{sentence}_ANG" for actor in "abc" for sentence in range(100)]
+    assert trainer.number_sentences(named(many, 300))[0] == 100
+
+
+def test_the_sentence_head_learns_beside_the_emotions(constants):
+    """By the embedding alone: its gradient reaches the convolutions; off, there is no head."""
+    constants(**TOY | {"SENTENCE_WEIGHT": 0.5, "DROPOUT": 0.0, "LABEL_SMOOTHING": 0.0})
+    torch.manual_seed(0)
+    x = torch.randn(12, 24, 16)
+    lengths = torch.full((12,), 24)
+    label = torch.arange(12) % 6
+    sentence = torch.arange(12) // 4
+    state = trainer.TrainState(trainer.model_config(16), CPU, torch.float32, 3)
+    for _ in range(40):
+        loss, _ = trainer.train_step(state, x, lengths, label, sentence)
+    emotion_logits, sentence_logits = state.trained(x, lengths)
+    assert torch.equal(sentence_logits.argmax(1), sentence)
+    expected = float(nn.functional.cross_entropy(emotion_logits.detach(), label))
+    assert float(loss) == pytest.approx(expected, abs=0.2), "not the emotions' loss alone"
+    state.model.zero_grad()
+    nn.functional.cross_entropy(sentence_logits, sentence).backward()
+    assert state.model.blocks[0].conv1.weight.grad.abs().max() > 0
+    assert state.model.head[0].weight.grad is None
+    constants(SENTENCE_WEIGHT=0.0)
+    state = trainer.TrainState(trainer.model_config(16), CPU, torch.float32, 3)
+    assert state.trained.sentence_head is None
+    assert "sentence_head" not in state.state_dict()
+
+
+def test_the_sentence_head_is_gone_after_training_and_back_when_resumed(mels, whole, tmp_path):
+    """Resumed, history and weights are those of the unbroken run; the model file has no head."""
+    toy = PLAIN | {"save_figure": no_pictures, "SENTENCE_WEIGHT": 0.2}
+    train(tmp_path / "one", mels, toy=toy, EPOCHS=2)
+    train(tmp_path / "two", mels, toy=toy, EPOCHS=1)
+    train(tmp_path / "two", mels, toy=toy, EPOCHS=2, RESUME=True)
+    one, two = (load(tmp_path / name / "output/last_checkpoint.pth") for name in ("one", "two"))
+    assert not differences(one, two)
+    assert one["sentence_head"]["weight"].shape == (6, 4 * TOY["HIDDEN"])
+    best = load(tmp_path / "one/output/best_model.pth")
+    theirs = load(whole / "best_model.pth")["model_state_dict"]
+    assert best["model_state_dict"].keys() == theirs.keys()
+    assert not any("sentence" in key for key in best)
+    text = train(tmp_path / "two", mels, toy=toy, RESUME=True, SENTENCE_WEIGHT=0.0, code=1)
+    assert "SENTENCE_WEIGHT was 0.2, now 0.0" in text
+
+
+def test_names_without_sentences_are_told(tmp_path):
+    """All clips say DFA: there is nothing to tell apart."""
+    write_mels(tmp_path / "mels", random_mels())
+    text = train(tmp_path, tmp_path / "mels", toy=QUICK | {"BATCH_SIZE": 8}, SENTENCE_WEIGHT=0.2)
+    assert "Note: SENTENCE_WEIGHT does nothing" in text
+    assert "SENTENCE_WEIGHT does" not in train(
+        tmp_path / "off", tmp_path / "mels", toy=QUICK | {"BATCH_SIZE": 8}
+    )
 
 
 # --------------------------------------------------------------------------------------
