@@ -165,6 +165,8 @@ def classify(clips: Path, model: Path, output_dir: Path, adapt: str) -> None:
     command = [sys.executable, ROOT / "custom2_tester.py", "--input_dir", clips]
     command += ["--model_path", model, "--output_dir", output_dir, "--adapt", adapt]
     subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
+    if not (output_dir / "classification_results.csv").exists():
+        sys.exit(f"The tester left no table in {output_dir}: see above.")
 
 
 def main() -> None:
@@ -180,13 +182,13 @@ def main() -> None:
     rows = []
     for condition in CONDITIONS:
         folder = args.output_dir / condition.replace(" ", "_")
-        for adapt in ("off", "auto"):
-            results = folder / f"adapt_{adapt}" / "classification_results.csv"
-            if not results.exists():
-                distort(paths, folder / "clips", condition)
-                classify(folder / "clips", args.trained / "best_model.pth", results.parent, adapt)
-            row = {"condition": condition, "adapt": adapt}
-            rows.append(row | score(results, len(paths)))
+        results = {a: folder / f"adapt_{a}/classification_results.csv" for a in ("off", "auto")}
+        if not all(path.exists() for path in results.values()):
+            distort(paths, folder / "clips", condition)
+        for adapt, path in results.items():
+            if not path.exists():
+                classify(folder / "clips", args.trained / "best_model.pth", path.parent, adapt)
+            rows.append({"condition": condition, "adapt": adapt} | score(path, len(paths)))
     table = pd.DataFrame(rows)
     table.to_csv(args.output_dir / "robustness.csv", index=False)
     plot(table, args.output_dir / "robustness.png")
