@@ -433,6 +433,7 @@ class Spectrograms:
         lengths = []
         n_cut = []
         levels = []
+        floors = []
         n_frames = 0
         for path in tqdm(clips.path, "Reading", unit="file", leave=False, disable=RANK > 0):
             mel = read_spectrogram(path, n_mels)
@@ -442,12 +443,13 @@ class Spectrograms:
             lengths.append(len(heard))
             n_cut.append(len(mel) - len(heard))
             levels.append(clip_level(heard))
+            floors.append(noise_floor(torch.from_numpy(heard)[None], torch.tensor([len(heard)])))
         self.frames = torch.from_numpy(frames[:n_frames])
         self.length = torch.tensor(lengths)
         self.start = self.length.cumsum(0) - self.length
         self.n_cut = torch.tensor(n_cut)
         self.level = speaker_levels(clips, np.array(levels))
-        self.measured, self.varies = self.measure_bands()
+        self.measured, self.varies = self.measure_bands(torch.cat(floors))
         # A model to fine-tune expects its own normalisation.
         self.normalization = start["normalization"] if start else self.measured
 
@@ -463,26 +465,25 @@ class Spectrograms:
         """Their emotions: int64 (clips,), in the order of EMOTIONS."""
         return self.label[self.indices[name]]
 
-    def measure_bands(self) -> tuple[dict[str, list[float]], Tensor]:
-        """The training clips' mean, deviation and floor of each mel band, dB; which bands vary.
+    def measure_bands(self, floors: Tensor) -> tuple[dict[str, list[float]], Tensor]:
+        """The checkpoint's `normalization`, of the training clips, and which mel bands vary.
 
-        A band without an STFT bin is constant: it gets deviation 1. The floor is the median over
-        the clips, and taken under each before mean and deviation are measured.
+        floors: dB (clips, mel bands); their median is the floor under every clip, and stands
+        under those whose mean and deviation are measured. A band without an STFT bin is
+        constant: it gets deviation 1.
         """
-        train = [self.clip(i) for i in self.indices["train"]]
+        train = self.indices["train"]
         n_mels = self.frames.shape[1]
         measured = {"mean": [0.0] * n_mels, "std": [1.0] * n_mels}
         if ADD_FLOOR:
-            floors = [noise_floor(mel[None], torch.tensor([len(mel)]))[0] for mel in train]
-            measured["floor"] = torch.stack(floors).median(0).values.tolist()
+            measured["floor"] = floors[train].median(0).values.tolist()
         total = torch.zeros(n_mels, dtype=torch.float64)
         squares = torch.zeros_like(total)
-        n_frames = 0
-        for mel in train:
-            filled = normalize(mel, measured).double()
-            total += filled.sum(0)
-            squares += filled.square().sum(0)
-            n_frames += len(mel)
+        for i in tqdm(train, "Measuring", unit="clip", leave=False, disable=RANK > 0):
+            mel = normalize(self.clip(i), measured).double()
+            total += mel.sum(0)
+            squares += mel.square().sum(0)
+        n_frames = self.length[train].sum()
         mean = total / n_frames
         variance = squares / n_frames - mean.square()
         varies = variance > 1e-4
