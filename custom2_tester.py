@@ -741,7 +741,8 @@ def wrong_values(checkpoint: dict) -> str:
     n_mels = checkpoint["model_config"]["n_mels"]
     if n_mels != checkpoint["mel_config"]["n_mels"]:
         return "mel_config and model_config differ in their number of mel bands"
-    for name in ("mean", "std"):
+    has_floor = "floor" in checkpoint["normalization"]
+    for name in ("mean", "std", "floor") if has_floor else ("mean", "std"):
         values = checkpoint["normalization"].get(name)
         if not isinstance(values, list) or len(values) != n_mels:
             return f"normalization has no {name} of {n_mels} mel bands"

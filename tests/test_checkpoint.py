@@ -288,6 +288,9 @@ OTHER = {
     "a mean that is NaN": ("normalization.mean", lambda c: [math.nan] * 128, "mean"),
     "a mean as text": ("normalization.mean", lambda c: ["0"] * 128, "mean"),
     "means of 64 bands": ("normalization.mean", lambda c: [0.0] * 64, "mean"),
+    "a floor that is None": ("normalization.floor", lambda c: None, "floor"),
+    "a floor without end": ("normalization.floor", lambda c: [-math.inf] * 128, "floor"),
+    "floors of 64 bands": ("normalization.floor", lambda c: [-70.0] * 64, "floor"),
     "means as a tensor": ("normalization.mean", lambda c: torch.zeros(128), "mean"),
 }
 
