@@ -6,7 +6,8 @@ Edit the constants below, then
 
 On a laptop without a GPU, EPOCHS = 5 gives a first look. Writes, in OUTPUT_DIR:
 
-    best_model.pth           for custom2_tester.py: the epoch of best validation accuracy
+    best_model.pth           for custom2_tester.py: the epoch of best validation accuracy, or the
+                             latest that is as good within one standard error
     last_checkpoint.pth      after every epoch: set RESUME = True and run again to go on from it
     history.csv              losses, accuracies, learning rate, seconds of every epoch
     training_history.png, confusion_matrix.png, classification_report.txt
@@ -94,7 +95,7 @@ DECAY_AFTER = 14  # epochs; after each later one the learning rate is multiplied
 LR_DECAY = 0.65  # by this; 1 = off
 LR_FACTOR = 0.5  # of ReduceLROnPlateau
 LR_PATIENCE = 3  # epochs without a better validation accuracy that the rate survives
-PATIENCE = 8  # epochs without as good a validation accuracy before training stops
+PATIENCE = 10  # epochs without as good a validation accuracy before training stops
 # system
 SEED = 42
 RESUME = False  # True: go on from last_checkpoint.pth
@@ -937,7 +938,6 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
         self.history: list[dict] = []
         self.best_epoch = 0
-        self.best_accuracy = -1.0
 
     def parts(self) -> dict:
         """What has a state dict of its own."""
@@ -955,8 +955,7 @@ class TrainState:
     def state_dict(self) -> dict:
         """Everything that the next epoch depends on."""
         state = {name: part.state_dict() for name, part in self.parts().items()}
-        names = ("history", "best_epoch", "best_accuracy")
-        state |= {name: getattr(self, name) for name in names}
+        state |= {"history": self.history, "best_epoch": self.best_epoch}
         return state | {"dtype": dtype_name(self.dtype), "device_type": self.device.type}
 
     def load_state_dict(self, state: dict) -> None:
@@ -964,13 +963,14 @@ class TrainState:
         for name, part in self.parts().items():
             if state[name]:  # a gradient scaler that is off has nothing to tell
                 part.load_state_dict(state[name])
-        for name in ("history", "best_epoch", "best_accuracy"):
-            setattr(self, name, state[name])
+        self.history = state["history"]
+        self.best_epoch = state["best_epoch"]
 
     def is_finished(self) -> bool:
         """Whether EPOCHS or PATIENCE ends the training."""
-        n_epochs = len(self.history)
-        return n_epochs >= EPOCHS or n_epochs - self.best_epoch >= PATIENCE
+        accuracies = [row["val_accuracy"] for row in self.history]
+        n_since_best = accuracies[::-1].index(max(accuracies)) if accuracies else 0
+        return len(accuracies) >= EPOCHS or n_since_best >= PATIENCE
 
     def warm_up(self, epoch: int, share: float) -> None:
         """Sets the learning rate after a share of an epoch, in the first ones."""
@@ -978,18 +978,23 @@ class TrainState:
             progress = (epoch - 1 + share) / WARMUP_EPOCHS
             self.optimizer.param_groups[0]["lr"] = self.peak_lr * progress
 
-    def step(self, row: dict) -> bool:
-        """Takes an epoch's row of the history; lowers the learning rate; whether it is the best."""
+    def step(self, row: dict, n_val: int) -> bool:
+        """Takes an epoch's row of the history; lowers the learning rate; whether to keep its model.
+
+        Kept is the latest epoch within one standard error of the best accuracy on n_val clips:
+        a few validating speakers cannot tell these apart, and the learning rate has fallen since.
+        """
         self.history.append(row)
         if row["epoch"] > WARMUP_EPOCHS:
             self.scheduler.step(row["val_accuracy"])
         if row["epoch"] > DECAY_AFTER:
             self.optimizer.param_groups[0]["lr"] *= LR_DECAY
-        is_best = row["val_accuracy"] >= self.best_accuracy
-        if is_best:  # of equal epochs the last, whose learning rate is lower
-            self.best_accuracy = row["val_accuracy"]
+        best = max(row["val_accuracy"] for row in self.history)
+        error = math.sqrt(best * (1 - best) / n_val)
+        is_kept = row["val_accuracy"] >= best - error
+        if is_kept:
             self.best_epoch = row["epoch"]
-        return is_best
+        return is_kept
 
 
 @torch.no_grad()
@@ -1153,12 +1158,12 @@ def fit(state: TrainState, data: Spectrograms, clips: pd.DataFrame, config: dict
             )
         seconds = time.perf_counter() - started
         row, temperature = on_rank_0(validate, state, data, loss, accuracy, seconds)
-        is_best = state.step(row)
+        is_kept = state.step(row, len(data.indices["val"]))
         if RANK == 0:
-            if is_best:
+            if is_kept:
                 save_best_model(state, data, clips, config, temperature)
             save_progress(state, config)
-            print_epoch(row, is_best)
+            print_epoch(row, is_kept)
 
 
 # --------------------------------------------------------------------------------------
@@ -1302,7 +1307,7 @@ def plot_history(path: Path, history: list[dict], best_epoch: int) -> None:
     rate.plot(1e4 * table.learning_rate, ".-", color=BLUE, label="learning rate")
     rate.set(xlabel="Epoch", ylabel="Learning rate ($10^{-4}$)")
     for axes in (loss, accuracy, rate):
-        axes.axvline(best_epoch, color=GREY, linestyle="--", linewidth=1, label="best epoch")
+        axes.axvline(best_epoch, color=GREY, linestyle="--", linewidth=1, label="epoch kept")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=7)
     save_figure(figure, path)
@@ -1493,10 +1498,10 @@ def print_setup(clips: pd.DataFrame, data: Spectrograms, state: TrainState, conf
         print(f"Note: {note}")
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     print(f"{state.device}, {dtype_name(state.dtype)}, {millions:.1f} M parameters.")
-    print("Columns of two: training, validation. * best so far, or as good.", flush=True)
+    print("Columns of two: training, validation. * kept: as good as the best so far.", flush=True)
 
 
-def print_epoch(row: dict, is_best: bool) -> None:
+def print_epoch(row: dict, is_kept: bool) -> None:
     """The epoch's line."""
     n_left = EPOCHS - row["epoch"]
     left = f"  at most {math.ceil(n_left * row['seconds'] / 60)} min left" if n_left else ""
@@ -1504,7 +1509,7 @@ def print_epoch(row: dict, is_best: bool) -> None:
         f"epoch {row['epoch']:3d}/{EPOCHS}  loss {row['train_loss']:.3f} {row['val_loss']:.3f}  "
         f"accuracy {100 * row['train_accuracy']:4.1f} {100 * row['val_accuracy']:4.1f} %  "
         f"UAR {100 * row['val_uar']:4.1f} %  lr {row['learning_rate']:.1e}  "
-        f"{row['seconds']:.0f} s{left}{'  *' if is_best else ''}",
+        f"{row['seconds']:.0f} s{left}{'  *' if is_kept else ''}",
         flush=True,
     )
 
@@ -1513,7 +1518,7 @@ def print_summary(output_dir: Path, metrics: dict) -> None:
     """The closing lines: figures of best_model.pth, and where everything is."""
     minutes = metrics["seconds"] / 60
     print(
-        f"\nBest epoch {metrics['best_epoch']} of {metrics['epochs']}, {minutes:.1f} minutes. "
+        f"\nEpoch {metrics['best_epoch']} of {metrics['epochs']} kept, {minutes:.1f} minutes. "
         "Clips that were not trained on:"
     )
     rows = []
