@@ -634,7 +634,7 @@ def normalize(mel: Tensor, normalization: dict) -> Tensor:
     mean = torch.tensor(normalization["mean"]).to(mel.device)
     std = torch.tensor(normalization["std"]).to(mel.device)
     if "floor" in normalization:
-        nepers = math.log(10) / 10  # a decibel
+        nepers = math.log(10) / 10  # in a decibel of power
         floor = torch.tensor(normalization["floor"]).to(mel.device)
         mel = torch.logaddexp(nepers * mel, nepers * floor) / nepers
     return (mel - mean) / std

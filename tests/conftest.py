@@ -35,6 +35,18 @@ TOY = {
     "EPOCHS": 5,
     "LEARNING_RATE": 3e-3,
 }
+NO_AUGMENTATION = {
+    "TIME_MASK": 0,
+    "MEL_MASK": 0,
+    "SPEED_PERTURB": 0.0,
+    "MEL_SHIFT": 0,
+    "RANDOM_EQ_DB": 0.0,
+    "RANDOM_GAIN_DB": 0.0,
+    "NARROW_BAND": 0.0,
+    "OTHER_FLOOR": 0.0,
+    "AUTOMATIC_GAIN": 0.0,
+    "ADD_FLOOR": False,
+}
 
 
 class Done(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import robustness
-from conftest import TOY, classify, generate, train
+from conftest import NO_AUGMENTATION, TOY, classify, generate, train
 from synthetic_corpus import make_corpus
 
 LAPTOP = TOY | {
@@ -46,20 +46,6 @@ def test_real_recordings(crema_d, tmp_path):
     assert test["uar"] > 0.25
 
 
-NO_AUGMENTATION = {
-    "TIME_MASK": 0,
-    "MEL_MASK": 0,
-    "SPEED_PERTURB": 0.0,
-    "MEL_SHIFT": 0,
-    "RANDOM_EQ_DB": 0.0,
-    "RANDOM_GAIN_DB": 0.0,
-    "NARROW_BAND": 0.0,
-    "OTHER_FLOOR": 0.0,
-    "AUTOMATIC_GAIN": 0.0,
-    "ADD_FLOOR": False,
-}
-
-
 def uar_in_condition(paths: list[Path], model: Path, folder: Path, condition: str) -> float:
     """UAR, %, of the clips in a condition of tests/tools/robustness.py."""
     robustness.distort(paths, folder / "clips", condition)
@@ -81,8 +67,8 @@ def test_noise_suppression_costs_less_with_the_defaults(tmp_path):
             train(folder, mels, toy=toy, save_figure=lambda *_, **__: None)
             paths = robustness.test_clips(wavs, folder / "output")
             uars = [
-                uar_in_condition(paths, folder / "output/best_model.pth", folder / name, condition)
-                for name, condition in (("a", "clean"), ("b", "noise suppressed by 60 dB"))
+                uar_in_condition(paths, folder / "output/best_model.pth", folder / part, condition)
+                for part, condition in (("a", "clean"), ("b", "noise suppressed by 60 dB"))
             ]
             lost[name].append(uars[0] - uars[1])
     print(lost)

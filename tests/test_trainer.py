@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TOY, call, generate, read_table, run, train
+from conftest import NO_AUGMENTATION, ROOT, TOY, call, generate, read_table, run, train
 from editing import edited_trainer
 from sklearn.metrics import classification_report, f1_score, recall_score
 from torch import nn
@@ -269,18 +269,6 @@ def test_a_random_span_is_one_stretch_anywhere_in_its_own_size():
     assert not span[1::3, 9:].any()
 
 
-AUGMENTATIONS_OFF = {
-    "MEL_SHIFT": 0,
-    "RANDOM_EQ_DB": 0.0,
-    "RANDOM_GAIN_DB": 0.0,
-    "NARROW_BAND": 0.0,
-    "OTHER_FLOOR": 0.0,
-    "AUTOMATIC_GAIN": 0.0,
-    "TIME_MASK": 0,
-    "MEL_MASK": 0,
-}
-
-
 def stand_in_data(n_mels, std=4.0, mean=-60.0, floor=None):
     """What augment_batch needs of the spectrograms."""
     normalization = {"mean": [mean] * n_mels, "std": [std] * n_mels}
@@ -313,7 +301,7 @@ def test_each_augmentation_reaches_the_batch_but_not_its_padding(constants, name
     x = -60 + 4 * torch.randn(40, 16, 32)
     clip = trainer.length_mask(lengths, 16)[:, :, None]
     data = stand_in_data(32)
-    constants(**AUGMENTATIONS_OFF)
+    constants(**NO_AUGMENTATION)
     state = torch.get_rng_state()
     plain = trainer.augment_batch(x, lengths, data)
     drawn = torch.get_rng_state()
@@ -332,11 +320,11 @@ def test_decibels_are_the_bands_deviations_and_lost_bands_silent(constants):
     torch.manual_seed(0)
     x = torch.full((1000, 8, 32), -60.0)
     lengths = torch.full((1000,), 8)
-    constants(**AUGMENTATIONS_OFF | {"RANDOM_GAIN_DB": 2.0})
+    constants(**NO_AUGMENTATION | {"RANDOM_GAIN_DB": 2.0})
     augmented = trainer.augment_batch(x, lengths, stand_in_data(32))
     assert augmented[:, 0, 0].std() == pytest.approx(0.5, abs=0.05)  # 2 dB where a unit is 4
     assert (augmented == augmented[:, :1, :1]).all()
-    constants(**AUGMENTATIONS_OFF | {"NARROW_BAND": 0.5})
+    constants(**NO_AUGMENTATION | {"NARROW_BAND": 0.5})
     augmented = trainer.augment_batch(x, lengths, stand_in_data(32))
     assert set(augmented.unique().tolist()) == {0.0, -10.0}  # silence is -100 dB
 
