@@ -87,7 +87,7 @@ RANDOM_GAIN_DB = 4.0  # standard deviation of a random gain; 0 = off
 NARROW_BAND = 0.1  # share of training clips without outer bands, as on a telephone; 0 = off
 OTHER_FLOOR = 0.4  # share with another noise floor, as rooms and suppressors make it; 0 = off
 AUTOMATIC_GAIN = 0.2  # share whose loudness is evened out, as by phones; 0 = off
-ADD_FLOOR = True  # the training's noise floor is added to every clip, in training and in use
+FILL_FLOOR = True  # what a clip lacks of the training's noise is added, in training and in use
 EMA_DECAY = 0.997  # a step, of the averaged weights that are validated and saved; 0 = off
 GRADIENT_CLIP = 1.0  # norm
 SENTENCE_WEIGHT = 0.0  # 0.2: better on CREMA-D's own sentences, worse on other people's; README
@@ -159,7 +159,7 @@ def check_constants() -> None:
         may_be_empty = name == "START_FROM"
         if type(globals().get(name)) is not str or not (globals()[name] or may_be_empty):
             raise_wrong_constant(name, "a text in quotes")
-    for name in ("WEIGHTED_SAMPLING", "ADD_FLOOR", "RESUME"):
+    for name in ("WEIGHTED_SAMPLING", "FILL_FLOOR", "RESUME"):
         if type(globals().get(name)) is not bool:
             raise_wrong_constant(name, "True or False")
     if globals().get("AMP") not in ("auto", "off"):
@@ -460,7 +460,7 @@ class Spectrograms:
 
     def part(self, name: str) -> list[Tensor]:
         """The clips of "train", "val" or "test", normalised."""
-        return [normalize(self.clip(i), self.normalization) for i in self.indices[name]]
+        return [model_input(self.clip(i), self.normalization) for i in self.indices[name]]
 
     def labels(self, name: str) -> Tensor:
         """Their emotions: int64 (clips,), in the order of EMOTIONS."""
@@ -469,19 +469,19 @@ class Spectrograms:
     def measure_bands(self, floors: Tensor) -> tuple[dict[str, list[float]], Tensor]:
         """The checkpoint's `normalization`, of the training clips, and which mel bands vary.
 
-        floors: dB (clips, mel bands); their median is the floor under every clip, and stands
-        under those whose mean and deviation are measured. A band without an STFT bin is
-        constant: it gets deviation 1.
+        floors: dB (clips, mel bands). Of the training clips nine in ten lie under the floor to
+        which all are filled, also those whose mean and deviation are measured. A band without an
+        STFT bin is constant: it gets deviation 1.
         """
         train = self.indices["train"]
         n_mels = self.frames.shape[1]
         measured = {"mean": [0.0] * n_mels, "std": [1.0] * n_mels}
-        if ADD_FLOOR:
-            measured["floor"] = floors[train].median(0).values.tolist()
+        if FILL_FLOOR:
+            measured["floor"] = floors[train].quantile(0.9, dim=0).tolist()
         total = torch.zeros(n_mels, dtype=torch.float64)
         squares = torch.zeros_like(total)
         for i in tqdm(train, "Measuring", unit="clip", leave=False, disable=RANK > 0):
-            mel = normalize(self.clip(i), measured).double()
+            mel = model_input(self.clip(i), measured).double()
             total += mel.sum(0)
             squares += mel.square().sum(0)
         n_frames = self.length[train].sum()
@@ -583,25 +583,12 @@ def augment_batch(x: Tensor, lengths: Tensor, data: Spectrograms) -> Tensor:
         x = automatic_gain(x, lengths, data.level["median"], round(0.4 * data.frame_rate))
     x = x + eq.to(x.device)[:, None]
     x = x.masked_fill(is_outer.to(x.device)[:, None], SILENCE_DB)
+    if "floor" in data.normalization:
+        offset = torch.empty(n_clips, 1, 1).uniform_(-24, 3)
+        x = fill_floor(x, lengths, torch.tensor(data.normalization["floor"]) + offset)
     mask = length_mask(lengths, n_frames)[:, :, None].to(x.device) & data.varies.to(x.device)
     x = normalize(x, data.normalization).masked_fill(~mask, 0.0)
     return spec_augment(x, lengths)
-
-
-def noise_floor(x: Tensor, lengths: Tensor) -> Tensor:
-    """Mean over the tenth of a clip's frames with the least energy: dB (B, T, M) to dB (B, M).
-
-    Digital silence is no noise: its frames are left out while there are others.
-    """
-    power = 10 ** (x / 10)
-    is_clip = length_mask(lengths.to(x.device), x.shape[1])
-    is_silent = (x <= SILENCE_DB).all(2)
-    energy = power.sum(2).masked_fill(is_silent, 1e30).masked_fill(~is_clip, math.inf)
-    n_quiet = ((is_clip & ~is_silent).sum(1, keepdim=True) // 10).clamp(min=1)
-    rank = energy.argsort(1).argsort(1)
-    is_quiet = rank < n_quiet
-    mean = (power * is_quiet[:, :, None]).sum(1) / n_quiet
-    return 10 * mean.log10().clamp(min=SILENCE_DB / 10)
 
 
 def other_floors(x: Tensor, lengths: Tensor) -> Tensor:
@@ -861,19 +848,54 @@ def clip_level(mel: np.ndarray) -> float:
     return float(10 * np.log10(np.percentile(power, 95)))
 
 
-def normalize(mel: Tensor, normalization: dict) -> Tensor:
-    """A log-mel in dB (..., mel bands) as the model takes it: over a noise floor, centred, scaled.
+def model_input(mel: Tensor, normalization: dict) -> Tensor:
+    """A clip's log-mel in dB (frames, mel bands) as the model takes it, the same at every call.
 
-    normalization: mean, std and, where the model has one, floor, of each mel band in dB. The floor
-    is added in power, so that what lies far under it (a noise suppressor's silence) is not seen.
+    normalization: mean, std and, where the model has one, floor, of each mel band in dB.
     """
+    if "floor" in normalization:
+        length = torch.tensor([len(mel)])
+        floor = torch.tensor(normalization["floor"])
+        mel = fill_floor(mel[None], length, floor, torch.Generator().manual_seed(0))[0]
+    return normalize(mel, normalization)
+
+
+def normalize(mel: Tensor, normalization: dict) -> Tensor:
+    """A log-mel in dB (..., mel bands), each band less its mean, by its deviation."""
     mean = torch.tensor(normalization["mean"]).to(mel.device)
     std = torch.tensor(normalization["std"]).to(mel.device)
-    if "floor" in normalization:
-        nepers = math.log(10) / 10  # in a decibel of power
-        floor = torch.tensor(normalization["floor"]).to(mel.device)
-        mel = torch.logaddexp(nepers * mel, nepers * floor) / nepers
     return (mel - mean) / std
+
+
+def fill_floor(
+    x: Tensor, lengths: Tensor, floor: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """Adds the noise that each clip's bands lack against a floor, evenly over the clip's frames.
+
+    So the silence of a suppressor or a studio is not seen. x: dB (B, T, M), anything past each
+    clip's frames; floor: dB (M) or (B, 1, M). The noise's power is the mean of two exponential
+    draws, in dB as uneven as CREMA-D's pauses.
+    """
+    lacking = 10 ** (floor.to(x.device) / 10) - 10 ** (noise_floor(x, lengths)[:, None] / 10)
+    noise = -torch.log1p(-torch.rand(2, *x.shape, generator=generator)).mean(0)
+    power = 10 ** (x / 10) + lacking.clamp(min=0) * noise.to(x.device)
+    return 10 * power.log10()
+
+
+def noise_floor(x: Tensor, lengths: Tensor) -> Tensor:
+    """Mean over the tenth of a clip's frames with the least energy: dB (B, T, M) to dB (B, M).
+
+    Digital silence is no noise: its frames are left out while there are others.
+    """
+    power = 10 ** (x / 10)
+    is_clip = length_mask(lengths.to(x.device), x.shape[1])
+    is_silent = (x <= SILENCE_DB).all(2)
+    energy = power.sum(2).masked_fill(is_silent, 1e30).masked_fill(~is_clip, math.inf)
+    n_quiet = ((is_clip & ~is_silent).sum(1, keepdim=True) // 10).clamp(min=1)
+    rank = energy.argsort(1).argsort(1)
+    is_quiet = rank < n_quiet
+    mean = (power * is_quiet[:, :, None]).sum(1) / n_quiet
+    return 10 * mean.log10().clamp(min=SILENCE_DB / 10)
 
 
 def try_device(device: torch.device) -> None:

@@ -85,6 +85,7 @@ PLAYABLE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4", "
 MAX_DECODED = 2**27  # samples of all channels that are decoded at once: 512 MB
 MAX_NAME_BYTES = 255  # of a file name, on every usual file system
 DEFAULT_MODEL = Path(__file__).resolve().parent / "tests" / "pretrained" / "crema_d.pth"
+SILENCE_DB = -100.0  # the least that mel_generator.py writes
 FORMAT_VERSION = 2  # of best_model.pth
 RESULTS = "classification_results"  # the main table
 LEVEL_FILES = 500  # of a folder, whose level is measured
@@ -625,19 +626,54 @@ def clip_level(mel: np.ndarray) -> float:
     return float(10 * np.log10(np.percentile(power, 95)))
 
 
-def normalize(mel: Tensor, normalization: dict) -> Tensor:
-    """A log-mel in dB (..., mel bands) as the model takes it: over a noise floor, centred, scaled.
+def model_input(mel: Tensor, normalization: dict) -> Tensor:
+    """A clip's log-mel in dB (frames, mel bands) as the model takes it, the same at every call.
 
-    normalization: mean, std and, where the model has one, floor, of each mel band in dB. The floor
-    is added in power, so that what lies far under it (a noise suppressor's silence) is not seen.
+    normalization: mean, std and, where the model has one, floor, of each mel band in dB.
     """
+    if "floor" in normalization:
+        length = torch.tensor([len(mel)])
+        floor = torch.tensor(normalization["floor"])
+        mel = fill_floor(mel[None], length, floor, torch.Generator().manual_seed(0))[0]
+    return normalize(mel, normalization)
+
+
+def normalize(mel: Tensor, normalization: dict) -> Tensor:
+    """A log-mel in dB (..., mel bands), each band less its mean, by its deviation."""
     mean = torch.tensor(normalization["mean"]).to(mel.device)
     std = torch.tensor(normalization["std"]).to(mel.device)
-    if "floor" in normalization:
-        nepers = math.log(10) / 10  # in a decibel of power
-        floor = torch.tensor(normalization["floor"]).to(mel.device)
-        mel = torch.logaddexp(nepers * mel, nepers * floor) / nepers
     return (mel - mean) / std
+
+
+def fill_floor(
+    x: Tensor, lengths: Tensor, floor: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """Adds the noise that each clip's bands lack against a floor, evenly over the clip's frames.
+
+    So the silence of a suppressor or a studio is not seen. x: dB (B, T, M), anything past each
+    clip's frames; floor: dB (M) or (B, 1, M). The noise's power is the mean of two exponential
+    draws, in dB as uneven as CREMA-D's pauses.
+    """
+    lacking = 10 ** (floor.to(x.device) / 10) - 10 ** (noise_floor(x, lengths)[:, None] / 10)
+    noise = -torch.log1p(-torch.rand(2, *x.shape, generator=generator)).mean(0)
+    power = 10 ** (x / 10) + lacking.clamp(min=0) * noise.to(x.device)
+    return 10 * power.log10()
+
+
+def noise_floor(x: Tensor, lengths: Tensor) -> Tensor:
+    """Mean over the tenth of a clip's frames with the least energy: dB (B, T, M) to dB (B, M).
+
+    Digital silence is no noise: its frames are left out while there are others.
+    """
+    power = 10 ** (x / 10)
+    is_clip = length_mask(lengths.to(x.device), x.shape[1])
+    is_silent = (x <= SILENCE_DB).all(2)
+    energy = power.sum(2).masked_fill(is_silent, 1e30).masked_fill(~is_clip, math.inf)
+    n_quiet = ((is_clip & ~is_silent).sum(1, keepdim=True) // 10).clamp(min=1)
+    rank = energy.argsort(1).argsort(1)
+    is_quiet = rank < n_quiet
+    mean = (power * is_quiet[:, :, None]).sum(1) / n_quiet
+    return 10 * mean.log10().clamp(min=SILENCE_DB / 10)
 
 
 def try_device(device: torch.device) -> None:
@@ -960,7 +996,7 @@ def predict_windows(
     probabilities = np.full((len(mels), len(checkpoint["classes"])), np.nan, np.float32)
     embeddings = np.full((len(mels), model.head[0].in_features), np.nan, np.float32)
     if good:
-        normalised = [normalize(torch.from_numpy(mels[i].T), normalization) for i in good]
+        normalised = [model_input(torch.from_numpy(mels[i].T), normalization) for i in good]
         encoded = encode_clips(model, normalised, batch_size, device)
         embeddings[good] = encoded
         logits = head_logits(model, encoded, device)

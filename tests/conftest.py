@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
@@ -45,8 +47,23 @@ NO_AUGMENTATION = {
     "NARROW_BAND": 0.0,
     "OTHER_FLOOR": 0.0,
     "AUTOMATIC_GAIN": 0.0,
-    "ADD_FLOOR": False,
+    "FILL_FLOOR": False,
 }
+
+
+def filled(mel: np.ndarray, floor: np.ndarray) -> np.ndarray:
+    """A log-mel (mel bands, frames), dB, with the noise that its bands lack against a floor, dB.
+
+    NumPy's way of what the scripts do; the noise is PyTorch's, of seed 0.
+    """
+    power = 10 ** (mel.astype(float) / 10)
+    heard = power[:, (mel > -100).any(axis=0)]
+    n_quiet = max(1, heard.shape[1] // 10)
+    own = heard[:, heard.sum(axis=0).argsort()[:n_quiet]].mean(axis=1)
+    lacking = np.maximum(10 ** (floor / 10) - own, 0)
+    uniform = torch.rand(2, 1, *mel.T.shape, generator=torch.Generator().manual_seed(0))
+    noise = -np.log(1 - uniform.double().numpy()).mean(axis=0)[0].T
+    return 10 * np.log10(power + lacking[:, None] * noise)
 
 
 class Done(NamedTuple):

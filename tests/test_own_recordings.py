@@ -746,7 +746,7 @@ def test_the_validation_of_a_fine_tuning_begins_where_the_model_stood(others, tu
     start = torch.load(model, weights_only=True)
     paths = [others / row["emotion"] / f"{row['stem']}_original.npy" for row in split]
     mels = [torch.from_numpy(np.load(path).T) for path in paths]
-    clips = [tester.normalize(mel, start["normalization"]) for mel in mels]
+    clips = [tester.model_input(mel, start["normalization"]) for mel in mels]
     networks = [tester.load_model(path, CPU)[0] for path in (model, tuned / "best_model.pth")]
     old, new = (tester.predict_logits(network, clips, 4, CPU) for network in networks)
     torch.manual_seed(0)
