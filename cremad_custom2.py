@@ -87,7 +87,6 @@ RANDOM_GAIN_DB = 4.0  # standard deviation of a random gain; 0 = off
 NARROW_BAND = 0.1  # share of training clips without outer bands, as on a telephone; 0 = off
 OTHER_FLOOR = 0.4  # share with another noise floor, as rooms and suppressors make it; 0 = off
 AUTOMATIC_GAIN = 0.2  # share whose loudness is evened out, as by phones; 0 = off
-FILL_FLOOR = True  # what a clip lacks of the training's noise is added, in training and in use
 EMA_DECAY = 0.997  # a step, of the averaged weights that are validated and saved; 0 = off
 GRADIENT_CLIP = 1.0  # norm
 SENTENCE_WEIGHT = 0.0  # 0.2: better on CREMA-D's own sentences, worse on other people's; README
@@ -159,7 +158,7 @@ def check_constants() -> None:
         may_be_empty = name == "START_FROM"
         if type(globals().get(name)) is not str or not (globals()[name] or may_be_empty):
             raise_wrong_constant(name, "a text in quotes")
-    for name in ("WEIGHTED_SAMPLING", "FILL_FLOOR", "RESUME"):
+    for name in ("WEIGHTED_SAMPLING", "RESUME"):
         if type(globals().get(name)) is not bool:
             raise_wrong_constant(name, "True or False")
     if globals().get("AMP") not in ("auto", "off"):
@@ -434,6 +433,7 @@ class Spectrograms:
         lengths = []
         n_cut = []
         levels = []
+        distances = []
         floors = []
         n_frames = 0
         for path in tqdm(clips.path, "Reading", unit="file", leave=False, disable=RANK > 0):
@@ -444,13 +444,16 @@ class Spectrograms:
             lengths.append(len(heard))
             n_cut.append(len(mel) - len(heard))
             levels.append(clip_level(heard))
+            distances.append(clip_distance(heard))
             floors.append(noise_floor(torch.from_numpy(heard)[None], torch.tensor([len(heard)])))
         self.frames = torch.from_numpy(frames[:n_frames])
         self.length = torch.tensor(lengths)
         self.start = self.length.cumsum(0) - self.length
         self.n_cut = torch.tensor(n_cut)
         self.level = speaker_levels(clips, np.array(levels))
-        self.measured, self.varies = self.measure_bands(torch.cat(floors))
+        self.distance = highest_distance(clips, np.array(distances))
+        self.floor = usual_floor(clips, torch.cat(floors))
+        self.measured, self.varies = self.measure_bands()
         # A model to fine-tune expects its own normalisation.
         self.normalization = start["normalization"] if start else self.measured
 
@@ -460,28 +463,23 @@ class Spectrograms:
 
     def part(self, name: str) -> list[Tensor]:
         """The clips of "train", "val" or "test", normalised."""
-        return [model_input(self.clip(i), self.normalization) for i in self.indices[name]]
+        return [normalize(self.clip(i), self.normalization) for i in self.indices[name]]
 
     def labels(self, name: str) -> Tensor:
         """Their emotions: int64 (clips,), in the order of EMOTIONS."""
         return self.label[self.indices[name]]
 
-    def measure_bands(self, floors: Tensor) -> tuple[dict[str, list[float]], Tensor]:
-        """The checkpoint's `normalization`, of the training clips, and which mel bands vary.
+    def measure_bands(self) -> tuple[dict[str, list[float]], Tensor]:
+        """The training clips' mean and deviation, dB, of each mel band, and which bands vary.
 
-        floors: dB (clips, mel bands). Of the training clips nine in ten lie under the floor to
-        which all are filled, also those whose mean and deviation are measured. A band without an
-        STFT bin is constant: it gets deviation 1.
+        A band without an STFT bin is constant: it gets deviation 1.
         """
         train = self.indices["train"]
         n_mels = self.frames.shape[1]
-        measured = {"mean": [0.0] * n_mels, "std": [1.0] * n_mels}
-        if FILL_FLOOR:
-            measured["floor"] = floors[train].quantile(0.9, dim=0).tolist()
         total = torch.zeros(n_mels, dtype=torch.float64)
         squares = torch.zeros_like(total)
         for i in tqdm(train, "Measuring", unit="clip", leave=False, disable=RANK > 0):
-            mel = model_input(self.clip(i), measured).double()
+            mel = self.clip(i).double()
             total += mel.sum(0)
             squares += mel.square().sum(0)
         n_frames = self.length[train].sum()
@@ -489,7 +487,7 @@ class Spectrograms:
         variance = squares / n_frames - mean.square()
         varies = variance > 1e-4
         std = torch.where(varies, variance.clamp(min=1e-4).sqrt(), 1.0)
-        return measured | {"mean": mean.tolist(), "std": std.tolist()}, varies
+        return {"mean": mean.tolist(), "std": std.tolist()}, varies
 
     def to_gpu_if_it_fits(self, device: torch.device) -> None:
         """Moves all frames to a GPU of which they take less than half; else batch by batch."""
@@ -542,6 +540,22 @@ def speaker_levels(clips: pd.DataFrame, levels: np.ndarray) -> dict[str, float]:
     return {"median": round(median, 2), "low": round(low, 2), "high": round(high, 2)}
 
 
+def highest_distance(clips: pd.DataFrame, distances: np.ndarray) -> float:
+    """The checkpoint's `distance`, dB: the highest speaker's median clip_distance in training."""
+    is_original = (clips.split == "train") & (clips.variant == "original")
+    by_speaker = pd.Series(distances)[is_original].groupby(clips.actor[is_original]).median()
+    return round(float(by_speaker.max()), 2)
+
+
+def usual_floor(clips: pd.DataFrame, floors: Tensor) -> list[float]:
+    """The checkpoint's `floor`: median noise floor of each mel band, dB, in training.
+
+    floors: (clips, mel bands).
+    """
+    is_original = (clips.split == "train") & (clips.variant == "original")
+    return np.median(floors.numpy()[is_original], axis=0).tolist()
+
+
 # --------------------------------------------------------------------------------------
 # Augmentation
 
@@ -583,9 +597,6 @@ def augment_batch(x: Tensor, lengths: Tensor, data: Spectrograms) -> Tensor:
         x = automatic_gain(x, lengths, data.level["median"], round(0.4 * data.frame_rate))
     x = x + eq.to(x.device)[:, None]
     x = x.masked_fill(is_outer.to(x.device)[:, None], SILENCE_DB)
-    if "floor" in data.normalization:
-        offset = torch.empty(n_clips, 1, 1).uniform_(-24, 3)
-        x = fill_floor(x, lengths, torch.tensor(data.normalization["floor"]) + offset)
     mask = length_mask(lengths, n_frames)[:, :, None].to(x.device) & data.varies.to(x.device)
     x = normalize(x, data.normalization).masked_fill(~mask, 0.0)
     return spec_augment(x, lengths)
@@ -848,16 +859,14 @@ def clip_level(mel: np.ndarray) -> float:
     return float(10 * np.log10(np.percentile(power, 95)))
 
 
-def model_input(mel: Tensor, normalization: dict) -> Tensor:
-    """A clip's log-mel in dB (frames, mel bands) as the model takes it, the same at every call.
+def clip_distance(mel: np.ndarray) -> float:
+    """How far a clip's level lies over its noise, dB: the mean power of its quietest tenth.
 
-    normalization: mean, std and, where the model has one, floor, of each mel band in dB.
+    mel: as clip_level's.
     """
-    if "floor" in normalization:
-        length = torch.tensor([len(mel)])
-        floor = torch.tensor(normalization["floor"])
-        mel = fill_floor(mel[None], length, floor, torch.Generator().manual_seed(0))[0]
-    return normalize(mel, normalization)
+    power = np.sort((10 ** (mel / 10)).mean(axis=1))
+    noise = power[: max(1, len(power) // 10)].mean()
+    return clip_level(mel) - float(10 * np.log10(noise))
 
 
 def normalize(mel: Tensor, normalization: dict) -> Tensor:
@@ -865,21 +874,6 @@ def normalize(mel: Tensor, normalization: dict) -> Tensor:
     mean = torch.tensor(normalization["mean"]).to(mel.device)
     std = torch.tensor(normalization["std"]).to(mel.device)
     return (mel - mean) / std
-
-
-def fill_floor(
-    x: Tensor, lengths: Tensor, floor: Tensor, generator: torch.Generator | None = None
-) -> Tensor:
-    """Adds the noise that each clip's bands lack against a floor, evenly over the clip's frames.
-
-    So the silence of a suppressor or a studio is not seen. x: dB (B, T, M), anything past each
-    clip's frames; floor: dB (M) or (B, 1, M). The noise's power is the mean of two exponential
-    draws, in dB as uneven as CREMA-D's pauses.
-    """
-    lacking = 10 ** (floor.to(x.device) / 10) - 10 ** (noise_floor(x, lengths)[:, None] / 10)
-    noise = -torch.log1p(-torch.rand(2, *x.shape, generator=generator)).mean(0)
-    power = 10 ** (x / 10) + lacking.clamp(min=0) * noise.to(x.device)
-    return 10 * power.log10()
 
 
 def noise_floor(x: Tensor, lengths: Tensor) -> Tensor:
@@ -1883,6 +1877,8 @@ def save_best_model(
         "classes": [{"code": code, "name": name} for code, name in EMOTIONS.items()],
         "temperature": temperature,
         "level": data.level,
+        "floor": data.floor,
+        "distance": data.distance,
         "speakers": config["SPEAKERS"],
         "epoch": state.best_epoch,
         "metrics": state.history[-1],

@@ -626,16 +626,14 @@ def clip_level(mel: np.ndarray) -> float:
     return float(10 * np.log10(np.percentile(power, 95)))
 
 
-def model_input(mel: Tensor, normalization: dict) -> Tensor:
-    """A clip's log-mel in dB (frames, mel bands) as the model takes it, the same at every call.
+def clip_distance(mel: np.ndarray) -> float:
+    """How far a clip's level lies over its noise, dB: the mean power of its quietest tenth.
 
-    normalization: mean, std and, where the model has one, floor, of each mel band in dB.
+    mel: as clip_level's.
     """
-    if "floor" in normalization:
-        length = torch.tensor([len(mel)])
-        floor = torch.tensor(normalization["floor"])
-        mel = fill_floor(mel[None], length, floor, torch.Generator().manual_seed(0))[0]
-    return normalize(mel, normalization)
+    power = np.sort((10 ** (mel / 10)).mean(axis=1))
+    noise = power[: max(1, len(power) // 10)].mean()
+    return clip_level(mel) - float(10 * np.log10(noise))
 
 
 def normalize(mel: Tensor, normalization: dict) -> Tensor:
@@ -643,21 +641,6 @@ def normalize(mel: Tensor, normalization: dict) -> Tensor:
     mean = torch.tensor(normalization["mean"]).to(mel.device)
     std = torch.tensor(normalization["std"]).to(mel.device)
     return (mel - mean) / std
-
-
-def fill_floor(
-    x: Tensor, lengths: Tensor, floor: Tensor, generator: torch.Generator | None = None
-) -> Tensor:
-    """Adds the noise that each clip's bands lack against a floor, evenly over the clip's frames.
-
-    So the silence of a suppressor or a studio is not seen. x: dB (B, T, M), anything past each
-    clip's frames; floor: dB (M) or (B, 1, M). The noise's power is the mean of two exponential
-    draws, in dB as uneven as CREMA-D's pauses.
-    """
-    lacking = 10 ** (floor.to(x.device) / 10) - 10 ** (noise_floor(x, lengths)[:, None] / 10)
-    noise = -torch.log1p(-torch.rand(2, *x.shape, generator=generator)).mean(0)
-    power = 10 ** (x / 10) + lacking.clamp(min=0) * noise.to(x.device)
-    return 10 * power.log10()
 
 
 def noise_floor(x: Tensor, lengths: Tensor) -> Tensor:
@@ -777,13 +760,13 @@ def wrong_values(checkpoint: dict) -> str:
     n_mels = checkpoint["model_config"]["n_mels"]
     if n_mels != checkpoint["mel_config"]["n_mels"]:
         return "mel_config and model_config differ in their number of mel bands"
-    has_floor = "floor" in checkpoint["normalization"]
-    for name in ("mean", "std", "floor") if has_floor else ("mean", "std"):
-        values = checkpoint["normalization"].get(name)
-        if not isinstance(values, list) or len(values) != n_mels:
-            return f"normalization has no {name} of {n_mels} mel bands"
-        if not all(type(value) is float and abs(value) < 1e6 for value in values):
-            return f"normalization's {name} is not of finite numbers under 1000000"
+    bands = dict(checkpoint["normalization"])
+    bands["floor"] = checkpoint.get("floor", [0.0] * n_mels)
+    for name in ("mean", "std", "floor"):
+        if not isinstance(bands.get(name), list) or len(bands[name]) != n_mels:
+            return f"there is no {name} of {n_mels} mel bands"
+        if not all(type(value) is float and abs(value) < 1e6 for value in bands[name]):
+            return f"{name} is not of finite numbers under 1000000"
     if min(checkpoint["normalization"]["std"]) < 1e-6:
         return "a deviation of the normalization is not above 0"
     classes = checkpoint["classes"]
@@ -797,8 +780,9 @@ def wrong_values(checkpoint: dict) -> str:
     level = checkpoint.get("level", {"median": 0.0, "low": -8.0, "high": 8.0})
     if not isinstance(level, dict) or not level.keys() >= {"median", "low", "high"}:
         return "level has no median, low and high"
-    if not all(type(v) in (int, float) and abs(v) < 1e6 for v in level.values()):
-        return "level is not of finite numbers"
+    numbers = [*level.values(), checkpoint.get("distance", 0.0)]
+    if not all(type(v) in (int, float) and abs(v) < 1e6 for v in numbers):
+        return "level and distance are not of finite numbers"
     if not 1e-3 <= checkpoint["temperature"] <= 1e3:
         return "temperature is no number above 0, from 0.001 to 1000"
     if not 1 <= checkpoint["max_width"] <= 10**6:
@@ -861,6 +845,7 @@ class RunOptions(NamedTuple):
     step: float  # seconds
     min_confidence: float | None
     gain_db: float  # added to every recording
+    fill_db: float | None  # the floor to fill to, over the training's; None: nothing is filled
 
     def seconds(self, mel_config: dict) -> float:
         """How much of a window is decoded: what the model hears, and half a frame's padding."""
@@ -983,12 +968,33 @@ def prefetch(
         pool.shutdown(cancel_futures=True)
 
 
+def fill_floor(mel: Tensor, floor: Tensor) -> Tensor:
+    """Adds the noise that a clip's bands lack against a floor, evenly over its frames.
+
+    So the silence of a suppressor or a studio is not seen; digital silence lacks all of it. mel:
+    dB (frames, mel bands); floor: dB (mel bands). The noise's power is the mean of two exponential
+    draws, in dB as uneven as CREMA-D's pauses, and the same at every call.
+    """
+    target = 10 ** (floor / 10)
+    lacking = target - 10 ** (noise_floor(mel[None], torch.tensor([len(mel)])) / 10)
+    is_silent = (mel <= SILENCE_DB).all(1, keepdim=True)
+    added = torch.where(is_silent, target, lacking.clamp(min=0))
+    generator = torch.Generator().manual_seed(0)
+    noise = -torch.log1p(-torch.rand(2, *mel.shape, generator=generator)).mean(0)
+    power = 10 ** (mel / 10) + added * noise
+    return 10 * power.log10()
+
+
 def predict_windows(
-    mels: list[np.ndarray | None], model: EmotionClassifier, checkpoint: dict, batch_size: int
+    mels: list[np.ndarray | None],
+    model: EmotionClassifier,
+    checkpoint: dict,
+    batch_size: int,
+    fill_db: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities (clips, classes) and embeddings (clips, features) of log-mels; NaN for None.
 
-    mels: (mel bands, frames) in dB, not normalised.
+    mels: (mel bands, frames) in dB, not normalised; fill_db: see RunOptions.
     """
     device = next(model.parameters()).device
     normalization = checkpoint["normalization"]
@@ -996,7 +1002,10 @@ def predict_windows(
     probabilities = np.full((len(mels), len(checkpoint["classes"])), np.nan, np.float32)
     embeddings = np.full((len(mels), model.head[0].in_features), np.nan, np.float32)
     if good:
-        normalised = [model_input(torch.from_numpy(mels[i].T), normalization) for i in good]
+        heard = [torch.from_numpy(mels[i].T) for i in good]
+        if fill_db is not None:
+            heard = [fill_floor(mel, torch.tensor(checkpoint["floor"]) + fill_db) for mel in heard]
+        normalised = [normalize(mel, normalization) for mel in heard]
         encoded = encode_clips(model, normalised, batch_size, device)
         embeddings[good] = encoded
         logits = head_logits(model, encoded, device)
@@ -1027,34 +1036,45 @@ def predict(
 
 def measure_folder(
     paths: list[str], folder: Path, checkpoint: dict, args: argparse.Namespace
-) -> list[float]:
-    """Levels, dB, of up to LEVEL_FILES files, spread evenly; those that cannot be read left out."""
+) -> tuple[list[float], list[float]]:
+    """Levels of up to LEVEL_FILES files, and how far each lies over its noise, in dB.
+
+    The files are spread evenly; those that cannot be read are left out.
+    """
     n_files = min(len(paths), LEVEL_FILES)
     index = np.linspace(0, len(paths) - 1, n_files).round().astype(int)
     windows = [Window(paths[i], folder / paths[i], 0.0, 1) for i in index]
     max_width = args.max_width or checkpoint["max_width"]
-    options = RunOptions("", max_width, False, 0.0, 0.0, None, 0.0)
+    options = RunOptions("", max_width, False, 0.0, 0.0, None, 0.0, None)
     read = functools.partial(read_window, mel_config=checkpoint["mel_config"], options=options)
     levels = []
+    distances = []
     with tqdm(total=n_files, desc="Measuring the level", unit="file", leave=False) as bar:
         for batch, heard in prefetch(windows, read, args.workers, 64):
             bar.update(len(batch))
-            levels += [clip.level for clip in heard if not clip.error]
-    return levels
+            good = [clip for clip in heard if not clip.error]
+            levels += [clip.level for clip in good]
+            distances += [clip_distance(clip.mel.T) for clip in good]
+    return levels, distances
 
 
-def folder_gain(
+def adapt_to_training(
     paths: list[str], folder: Path, checkpoint: dict, args: argparse.Namespace
-) -> tuple[float, str]:
-    """The gain, dB, for all files of --input_dir, and what to say of it."""
+) -> tuple[float, float | None, str]:
+    """RunOptions' gain_db and fill_db for all files of --input_dir, and what to say of them."""
     if "level" not in checkpoint:
         if args.adapt == "on":
             raise UserError("--adapt on: this model's file does not tell its training's level.")
-        return 0.0, ""
+        return 0.0, None, ""
     if args.adapt == "off":
-        return 0.0, ""
-    levels = measure_folder(paths, folder, checkpoint, args)
-    return choose_gain(levels, checkpoint["level"], args.adapt)
+        return 0.0, None, ""
+    levels, distances = measure_folder(paths, folder, checkpoint, args)
+    gain_db, note = choose_gain(levels, checkpoint["level"], args.adapt)
+    if not levels or not checkpoint.keys() >= {"floor", "distance"}:
+        return gain_db, None, note
+    is_filled, fill_note = choose_filling(distances, checkpoint["distance"], args.adapt)
+    above = float(np.median(levels)) + gain_db - checkpoint["level"]["median"]
+    return gain_db, round(above, 3) if is_filled else None, f"{note} {fill_note}".strip()
 
 
 def choose_gain(levels: list[float], level: dict, adapt: str) -> tuple[float, str]:
@@ -1081,6 +1101,21 @@ def choose_gain(levels: list[float], level: dict, adapt: str) -> tuple[float, st
     )
 
 
+def choose_filling(distances: list[float], usual: float, adapt: str) -> tuple[bool, str]:
+    """Whether a folder's recordings get the noise that they lack, and what to say of it.
+
+    distances: dB, each file's clip_distance; usual: the highest speaker's in training. "auto"
+    fills where the median is above that, and from MIN_LEVEL_FILES files on.
+    """
+    distance = float(np.median(distances))
+    found = f"Their noise lies {distance:.0f} dB under them, the training's at most {usual:.0f} dB"
+    if adapt == "on" or (distance > usual and len(distances) >= MIN_LEVEL_FILES):
+        return True, f"{found}: each is heard over the noise that it lacks (--adapt {adapt})."
+    if distance <= usual:
+        return False, ""
+    return False, f"{found}, as in a studio or after noise suppression: --adapt on adds what lacks."
+
+
 def classify(
     windows: Iterable[Window],
     model: EmotionClassifier,
@@ -1093,9 +1128,10 @@ def classify(
     read = functools.partial(read_window, mel_config=checkpoint["mel_config"], options=options)
     for batch, clips in prefetch(windows, read, args.workers, BATCHES_AHEAD * args.batch_size):
         mels = [clip.mel for clip in clips]
-        probabilities, embeddings = predict_windows(mels, model, checkpoint, args.batch_size)
+        size = args.batch_size
+        found = predict_windows(mels, model, checkpoint, size, options.fill_db)
         predictions = []
-        for window, clip, p, e in zip(batch, clips, probabilities, embeddings, strict=True):
+        for window, clip, p, e in zip(batch, clips, *found, strict=True):
             shown = None
             if keep_mels and clip.mel is not None:  # the recording as it is
                 shown = thin_out(clip.mel, clip.duration) - np.float32(options.gain_db)
@@ -2018,8 +2054,9 @@ class Results:
             if not rows:
                 continue
             changed = self.changes(folder / f"run.json{ending}")
-            if changed.keys() == {"gain_db"}:
-                print(f"The gain was {changed['gain_db']}: all are classified anew.")
+            if changed and changed.keys() <= {"gain_db", "fill_db"}:
+                words = "; ".join(f"{name} was {text}" for name, text in changed.items())
+                print(f"Another adaptation ({words}): all are classified anew.")
                 continue
             if changed:
                 words = "; ".join(f"{name} was {text}" for name, text in changed.items())
@@ -2048,8 +2085,10 @@ class Results:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             before = {}
         now = {"model": self.note["model_sha256"]} | self.note["options"]
-        if abs(before.get("gain_db", math.inf) - now["gain_db"]) <= 0.1:
-            before["gain_db"] = now["gain_db"]
+        for name in ("gain_db", "fill_db"):
+            both = (before.get(name), now[name])
+            if None not in both and abs(both[0] - both[1]) <= 0.1:
+                before[name] = now[name]
         differ = [name for name in now if before.get(name) != now[name]]
         return {name: f"{before.get(name)}, now {now[name]}" for name in differ}
 
@@ -2324,7 +2363,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--window", type=float, default=3.0, help="--segments: seconds a window (3)")
     add("--step", type=float, default=1.5, help="--segments: seconds between starts (1.5)")
     add("--labels", type=Path, help="CSV file,emotion,...: the true emotions, instead of names")
-    add("--adapt", choices=("auto", "on", "off"), default="auto", help="one gain for the folder")
+    add(
+        "--adapt",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="to the training's level and noise",
+    )
     add("--embeddings", action="store_true", help="embeddings.npy: what the model's head reads")
     add("--min_confidence", type=float, metavar="P", help="0 to 1: below it, `uncertain` is yes")
     add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, then --resume")
@@ -2365,12 +2409,14 @@ def check_window(args: argparse.Namespace, checkpoint: dict) -> None:
         )
 
 
-def run_options(args: argparse.Namespace, checkpoint: dict, gain_db: float) -> RunOptions:
+def run_options(
+    args: argparse.Namespace, checkpoint: dict, gain_db: float, fill_db: float | None
+) -> RunOptions:
     """What the rows depend on besides the model."""
     input_dir = str(args.input_dir.resolve())
     max_width = args.max_width or checkpoint["max_width"]
     segments = (args.segments, args.window, args.step)
-    return RunOptions(input_dir, max_width, *segments, args.min_confidence, gain_db)
+    return RunOptions(input_dir, max_width, *segments, args.min_confidence, gain_db, fill_db)
 
 
 def fail(message: str, status: int = 1) -> int:
@@ -2393,10 +2439,10 @@ def classify_folder(args: argparse.Namespace) -> int:
         paths = sorted(path for path in [*found, *closed] if in_shard(path, args.shard))
         n_files = count(len(paths), "file")
         print(f"{model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {n_files}.")
-        gain_db, level_note = folder_gain(found, folder, checkpoint, args)
+        *adaptation, level_note = adapt_to_training(found, folder, checkpoint, args)
         if level_note:
             print(level_note)
-        options = run_options(args, checkpoint, gain_db)
+        options = run_options(args, checkpoint, *adaptation)
         tables = shard_folder(args.output_dir, args.shard)
         tables.mkdir(parents=True, exist_ok=True)
         with folder_lock(tables):

@@ -47,8 +47,14 @@ NO_AUGMENTATION = {
     "NARROW_BAND": 0.0,
     "OTHER_FLOOR": 0.0,
     "AUTOMATIC_GAIN": 0.0,
-    "FILL_FLOOR": False,
 }
+
+
+def noise_floor(mel: np.ndarray) -> np.ndarray:
+    """A clip's noise floor, dB (mel bands), of its log-mel (mel bands, frames): NumPy's way."""
+    power = 10 ** (mel[:, (mel > -100).any(axis=0)].astype(float) / 10)
+    n_quiet = max(1, power.shape[1] // 10)
+    return 10 * np.log10(power[:, power.sum(axis=0).argsort()[:n_quiet]].mean(axis=1))
 
 
 def filled(mel: np.ndarray, floor: np.ndarray) -> np.ndarray:
@@ -56,14 +62,11 @@ def filled(mel: np.ndarray, floor: np.ndarray) -> np.ndarray:
 
     NumPy's way of what the scripts do; the noise is PyTorch's, of seed 0.
     """
-    power = 10 ** (mel.astype(float) / 10)
-    heard = power[:, (mel > -100).any(axis=0)]
-    n_quiet = max(1, heard.shape[1] // 10)
-    own = heard[:, heard.sum(axis=0).argsort()[:n_quiet]].mean(axis=1)
-    lacking = np.maximum(10 ** (floor / 10) - own, 0)
-    uniform = torch.rand(2, 1, *mel.T.shape, generator=torch.Generator().manual_seed(0))
-    noise = -np.log(1 - uniform.double().numpy()).mean(axis=0)[0].T
-    return 10 * np.log10(power + lacking[:, None] * noise)
+    lacking = np.maximum(10 ** (floor / 10) - 10 ** (noise_floor(mel) / 10), 0)[:, None]
+    added = np.where((mel <= -100).all(axis=0), 10 ** (floor[:, None] / 10), lacking)
+    uniform = torch.rand(2, *mel.T.shape, generator=torch.Generator().manual_seed(0))
+    noise = -np.log(1 - uniform.double().numpy()).mean(axis=0).T
+    return 10 * np.log10(10 ** (mel.astype(float) / 10) + added * noise)
 
 
 class Done(NamedTuple):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, classify, read_table, run, train
+from conftest import ROOT, classify, noise_floor, read_table, run, train
 
 import cremad_custom2 as trainer
 import custom2_tester as tester
@@ -288,9 +288,11 @@ OTHER = {
     "a mean that is NaN": ("normalization.mean", lambda c: [math.nan] * 128, "mean"),
     "a mean as text": ("normalization.mean", lambda c: ["0"] * 128, "mean"),
     "means of 64 bands": ("normalization.mean", lambda c: [0.0] * 64, "mean"),
-    "a floor that is None": ("normalization.floor", lambda c: None, "floor"),
-    "a floor without end": ("normalization.floor", lambda c: [-math.inf] * 128, "floor"),
-    "floors of 64 bands": ("normalization.floor", lambda c: [-70.0] * 64, "floor"),
+    "a floor that is None": ("floor", lambda c: None, "floor"),
+    "a floor without end": ("floor", lambda c: [-math.inf] * 128, "floor"),
+    "floors of 64 bands": ("floor", lambda c: [-70.0] * 64, "floor"),
+    "a distance without end": ("distance", lambda c: math.inf, "distance"),
+    "a distance as text": ("distance", lambda c: "30", "distance"),
     "means as a tensor": ("normalization.mean", lambda c: torch.zeros(128), "mean"),
 }
 
@@ -636,6 +638,23 @@ def test_level_is_the_training_originals_median_and_range(checkpoint, trained, m
     assert level["low"] == pytest.approx(min(*speakers, median - 8), abs=0.02)
     assert level["high"] == pytest.approx(max(*speakers, median + 8), abs=0.02)
     assert level["low"] <= level["median"] - 7.98 and level["high"] >= level["median"] + 7.98
+
+
+def test_floor_and_distance_are_of_the_training_originals(checkpoint, trained, mels):
+    """A band's median floor; the highest speaker's median of level less noise."""
+    floors = []
+    distances = {}
+    for row in read_table(trained / "split.csv"):
+        if row["split"] == "train":
+            mel = np.load(mels / row["emotion"] / f"{row['stem']}_original.npy")[:, :191]
+            floors.append(noise_floor(mel))
+            power = np.sort((10 ** (mel.astype(float) / 10)).mean(axis=0))
+            noise = power[: max(1, len(power) // 10)].mean()
+            distance = 10 * np.log10(np.percentile(power, 95) / noise)
+            distances.setdefault(row["actor"], []).append(distance)
+    assert checkpoint["floor"] == pytest.approx(np.median(floors, axis=0), abs=0.01)
+    highest = max(np.median(values) for values in distances.values())
+    assert checkpoint["distance"] == pytest.approx(highest, abs=0.02)
 
 
 @pytest.mark.parametrize(

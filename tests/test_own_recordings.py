@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, TOY, call, classify, generate, read_table, run, train
+from conftest import ROOT, TOY, call, classify, filled, generate, read_table, run, train
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -486,13 +486,15 @@ def test_the_level_is_that_of_files_spread_evenly_over_the_folder(monkeypatch, m
 
     def note(window, mel_config, options):
         read.append(window.path)
-        return tester.HeardWindow(None, 1.0, 1.0, "")
+        return tester.HeardWindow(np.full((4, 9), -30.0, np.float32), 1.0, 1.0, "")
 
     monkeypatch.setattr(tester, "read_window", note)
     paths = sorted(path.name for path in corpus.iterdir())
     args = tester.parse_args(["--input_dir", "x", "--output_dir", "y", "--model_path", str(model)])
     checkpoint = {"max_width": 191, "mel_config": {}}
-    assert tester.measure_folder(paths, corpus, checkpoint, args) == [1.0] * 5
+    levels, distances = tester.measure_folder(paths, corpus, checkpoint, args)
+    assert levels == [1.0] * 5
+    assert distances == [0.0] * 5  # alike throughout: no louder than its noise
     assert sorted(read) == [paths[i] for i in (0, 12, 24, 35, 47)]
 
 
@@ -537,7 +539,7 @@ def test_a_gain_that_moved_classifies_all_anew(louder, model, tmp_path):
     before = gain_of(out)
     text = classify(folder, model, out, "--resume")
     assert abs(gain_of(out) - before) > 0.1
-    assert re.search(r"The gain was -\d.*-\d.*: all are classified anew", text)
+    assert re.search(r"gain_db was -\d.*-\d.*: all are classified anew", text)
     rows = read_table(out / "classification_results.csv")
     assert len(rows) == 34
     assert rows[0]["confidence"] != "0.123456"
@@ -555,6 +557,93 @@ def test_a_model_that_tells_no_level_adapts_nothing(corpus, model, tmp_path):
     assert gain_of(tmp_path / "auto") == 0
 
 
+def test_a_clip_is_filled_with_the_noise_that_it_lacks():
+    """A band's pauses come to the floor, as uneven as noise; a band that lacks nothing stays."""
+    mel = torch.full((350, 3), -30.0)  # voice
+    mel[:200] = torch.tensor([-90.0, -63.0, -50.0])  # pauses
+    mel[250:] = -100.0  # digital silence
+    heard = tester.fill_floor(mel, torch.tensor([-60.0, -60.0, -60.0]))
+    pauses = 10 * (10 ** (heard[:200] / 10)).mean(0).log10()
+    assert pauses.tolist() == pytest.approx([-60, -60, -50], abs=0.6)
+    assert heard[:200, 0].std() == pytest.approx(3.5, abs=0.5)
+    assert torch.allclose(heard[:250, 2], mel[:250, 2], atol=1e-4)
+    assert heard[200:250].numpy() == pytest.approx(-30, abs=0.03)
+    silence = 10 * (10 ** (heard[250:] / 10)).mean(0).log10()
+    assert silence.tolist() == pytest.approx([-60, -60, -60], abs=0.6)
+    state = torch.get_rng_state()
+    assert torch.equal(tester.fill_floor(mel, torch.full((3,), -60.0)), heard)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_lies_too_far_over_its_noise_is_filled():
+    """auto: from 20 files on, if the median is above the training's highest speaker; on: always."""
+    far, usual = [29.0] * 9 + [31.0] * 11, [29.0] * 11 + [31.0] * 9
+    assert tester.choose_filling(far, 30.0, "auto")[0]
+    assert tester.choose_filling(usual, 30.0, "auto") == (False, "")
+    is_filled, note = tester.choose_filling(far[1:], 30.0, "auto")
+    assert not is_filled
+    assert "31 dB under them, the training's at most 30 dB" in note
+    assert "--adapt on" in note
+    assert tester.choose_filling(usual[:1], 30.0, "on")[0]
+
+
+@pytest.fixture(scope="module")
+def cleaned(corpus, tmp_path_factory):
+    """The corpus without what is soft: as after noise suppression, nothing is left in pauses."""
+    folder = tmp_path_factory.mktemp("cleaned") / "in"
+    folder.mkdir()
+    for path in sorted(corpus.iterdir()):
+        samples, rate = soundfile.read(path)
+        frame = np.sqrt(np.convolve(samples**2, np.ones(400) / 400, "same"))
+        gain = np.where(frame > 0.1 * frame.max(), 1.0, 1e-3)
+        soundfile.write(folder / path.name, samples * gain, rate, subtype="FLOAT")
+    return folder
+
+
+def test_suppressed_noise_is_filled_as_numpy_would(cleaned, model, tmp_path):
+    """auto does so; off and a model without a floor do not; pictures show the recording."""
+    checkpoint = torch.load(model, weights_only=True)
+    text = classify(cleaned, model, tmp_path / "auto")
+    assert re.search(r"dB under them, .* noise that it lacks \(--adapt auto\)", text)
+    options = json.loads((tmp_path / "auto/run.json").read_text())["options"]
+    floor = np.array(checkpoint["floor"]) + options["fill_db"]
+    gain = np.float32(10 ** (options["gain_db"] / 20))
+    mean, std = (np.array(checkpoint["normalization"][name]) for name in ("mean", "std"))
+    clips = []
+    levels = []
+    for path in sorted(cleaned.iterdir()):
+        samples, _ = tester.load_audio(path, 16000, 512)
+        mel = tester.log_mel(samples * gain, **checkpoint["mel_config"])[:, :191]
+        levels.append(tester.clip_level(mel.T))
+        clips.append(torch.from_numpy((filled(mel, floor).T - mean) / std).float())
+    above = np.median(levels) - checkpoint["level"]["median"]
+    assert options["fill_db"] == pytest.approx(above, abs=0.01)
+    network, _ = tester.load_model(model, CPU)
+    logits = tester.predict_logits(network, clips, 8, CPU) / checkpoint["temperature"]
+    expected = logits.softmax(1).numpy()
+    assert answers(tmp_path / "auto") == pytest.approx(expected, abs=1e-3)
+    classify(cleaned, model, tmp_path / "off", "--adapt", "off")
+    assert np.abs(answers(tmp_path / "off") - expected).max() > 0.01
+    del checkpoint["floor"]
+    torch.save(checkpoint, tmp_path / "old.pth")
+    assert "lacks" not in classify(cleaned, tmp_path / "old.pth", tmp_path / "old")
+
+
+def test_another_filling_classifies_all_anew(cleaned, model, tmp_path):
+    out = tmp_path / "out"
+    classify(cleaned, model, out)
+    record = json.loads((out / "run.json").read_text())
+    filled_db = record["options"]["fill_db"]
+    for before, is_kept in ((filled_db + 0.05, True), (filled_db - 0.2, False), (None, False)):
+        record["options"]["fill_db"] = before
+        (out / "run.json").write_text(json.dumps(record))
+        mark_first_row(out)
+        text = classify(cleaned, model, out, "--resume")
+        assert ("classified anew" in text) != is_kept
+        first = read_table(out / "classification_results.csv")[0]
+        assert (first["confidence"] == "0.123456") == is_kept
+
+
 def test_pictures_show_the_recording_as_it_is(louder, model):
     """Whatever gain the model got: the dB scale is the same for all pictures."""
     network, checkpoint = tester.load_model(model, CPU)
@@ -563,7 +652,7 @@ def test_pictures_show_the_recording_as_it_is(louder, model):
     args = tester.parse_args(["--input_dir", "x", "--output_dir", "y", "--model_path", str(model)])
     shown = []
     for gain_db in (0.0, -15.0):
-        options = tester.RunOptions("", 191, False, 3.0, 1.5, None, gain_db)
+        options = tester.RunOptions("", 191, False, 3.0, 1.5, None, gain_db, None)
         [[prediction]] = tester.classify([window], network, checkpoint, options, args, True)
         shown.append(prediction.mel)
     heard = shown[0] > -60  # far below, the floor of -100 dB shows

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import NO_AUGMENTATION, ROOT, TOY, call, filled, generate, read_table, run, train
+from conftest import NO_AUGMENTATION, ROOT, TOY, call, generate, read_table, run, train
 from editing import edited_trainer
 from sklearn.metrics import classification_report, f1_score, recall_score
 from torch import nn
@@ -269,13 +269,10 @@ def test_a_random_span_is_one_stretch_anywhere_in_its_own_size():
     assert not span[1::3, 9:].any()
 
 
-def stand_in_data(n_mels, std=4.0, mean=-60.0, floor=None):
+def stand_in_data(n_mels):
     """What augment_batch needs of the spectrograms."""
-    normalization = {"mean": [mean] * n_mels, "std": [std] * n_mels}
-    if floor is not None:
-        normalization["floor"] = [floor] * n_mels
     return types.SimpleNamespace(
-        normalization=normalization,
+        normalization={"mean": [-60.0] * n_mels, "std": [4.0] * n_mels},
         varies=torch.ones(n_mels, dtype=torch.bool),
         level={"median": -50.0},
         frame_rate=10.0,
@@ -404,55 +401,6 @@ def test_automatic_gain_evens_out_the_loudness(constants):
     assert (ramp >= -1e-4).all(), "the gain jumps back and forth"
 
 
-def test_a_clip_is_filled_with_the_noise_that_it_lacks():
-    """A band's pauses come to the floor, as uneven as noise; a band that lacks nothing stays."""
-    torch.manual_seed(0)
-    lengths = torch.tensor([200, 150])
-    x = torch.full((2, 208, 3), -30.0)  # voice
-    x[:, :150] = torch.tensor([-90.0, -63.0, -50.0])  # pauses
-    y = trainer.fill_floor(x, lengths, torch.tensor([-60.0, -60.0, -60.0]))
-    pauses = 10 ** (y[:, :150] / 10)
-    assert (10 * pauses.mean(1).log10())[:, :2] == pytest.approx(-60, abs=0.5)
-    assert y[:, :150, 0].std() == pytest.approx(3.5, abs=0.4)
-    assert torch.allclose(y[:, :, 2], x[:, :, 2], atol=1e-4)
-    assert y[0, 150:200, :2] == pytest.approx(-30, abs=0.02)
-    assert y[:, :150, 0].unique().numel() > 290, "the same noise in both clips"
-    lower = trainer.fill_floor(x, lengths, torch.tensor([-60.0, -80.0]).view(2, 1, 1))
-    pauses = 10 * (10 ** (lower[:, :150, 0] / 10)).mean(1).log10()
-    assert pauses.tolist() == pytest.approx([-60, -80], abs=0.7)
-    assert torch.allclose(lower[1, :, 1], x[1, :, 1], atol=1e-4)
-
-
-def test_the_models_input_is_the_same_at_every_call():
-    """Whatever was drawn before; without a floor, only the bands' mean and deviation."""
-    normalization = {"mean": [-60.0] * 3, "std": [2.0] * 3}
-    mel = -90 + 4 * torch.randn(20, 3)
-    assert torch.equal(trainer.model_input(mel, normalization), (mel + 60) / 2)
-    normalization["floor"] = [-70.0, -200.0, -70.0]
-    first = trainer.model_input(mel, normalization)
-    state = torch.get_rng_state()
-    assert torch.equal(trainer.model_input(mel, normalization), first)
-    assert torch.equal(torch.get_rng_state(), state)
-    expected = (filled(mel.T.numpy(), np.array(normalization["floor"])).T + 60) / 2
-    assert first.numpy() == pytest.approx(expected, abs=1e-3)
-    assert torch.allclose(first[:, 1], (mel[:, 1] + 60) / 2, atol=1e-4)
-
-
-def test_training_clips_are_filled_to_a_random_floor(constants):
-    """From 24 dB under the model's floor to 3 dB over it; padding stays zero."""
-    torch.manual_seed(0)
-    constants(**NO_AUGMENTATION)
-    lengths = torch.full((300,), 40)
-    x = torch.full((300, 48, 8), -100.0)
-    data = stand_in_data(8, std=1.0, mean=0.0, floor=-60.0)
-    y = trainer.augment_batch(x, lengths, data)
-    assert not y[:, 40:].any()
-    floor = 10 * (10 ** (y[:, :40] / 10)).mean((1, 2)).log10()
-    assert floor.min() == pytest.approx(-84, abs=1)
-    assert floor.max() == pytest.approx(-57, abs=1)
-    assert floor.median() == pytest.approx(-70.5, abs=2)
-
-
 MEL_16 = {"sample_rate": 16000, "hop_length": 256, "n_mels": 16}
 MEL_128 = {"sample_rate": 16000, "hop_length": 512, "n_mels": 128}
 
@@ -486,7 +434,7 @@ def test_constant_mel_bands_have_deviation_one_and_are_left_alone(constants, tmp
     for mel in mels.values():
         mel[[2, 5]] = -100.0
     write_mels(tmp_path, mels)
-    constants(BATCH_SIZE=4, SPLIT="actor", MEL_SHIFT=0, FILL_FLOOR=False)
+    constants(BATCH_SIZE=4, SPLIT="actor", MEL_SHIFT=0)
     data = trainer.Spectrograms(trainer.assign_split(trainer.list_clips(tmp_path)), MEL_16)
     assert [data.normalization["std"][i] for i in (2, 5)] == [1.0, 1.0]
     assert [data.normalization["mean"][i] for i in (2, 5)] == pytest.approx([-100.0, -100.0])
@@ -811,7 +759,6 @@ def plain_epoch(first_epoch):
         ("NARROW_BAND", 0.9),
         ("OTHER_FLOOR", 0.0),
         ("AUTOMATIC_GAIN", 0.0),
-        ("FILL_FLOOR", False),
         ("GRADIENT_CLIP", 1e-6),
         ("MAX_WIDTH", 20),
         ("SEED", 1),
@@ -977,12 +924,12 @@ def test_the_model_file_is_version_2_and_tells_no_path(whole):
 
 def read_clips(mels, folder, part, normalization):
     """A part's originals, normalised, and their labels, read without the trainer's help."""
-    mean, std, floor = (np.array(normalization[name]) for name in ("mean", "std", "floor"))
+    mean, std = (np.array(normalization[name]) for name in ("mean", "std"))
     rows = [row for row in read_table(folder / "split.csv") if row["split"] == part]
     clips = []
     for row in rows:
         mel = np.load(mels / row["emotion"] / f"{row['stem']}_original.npy")
-        clips.append(torch.from_numpy((filled(mel, floor).T - mean) / std).float())
+        clips.append(torch.from_numpy((mel.T - mean) / std).float())
     label = torch.tensor([list(trainer.EMOTIONS).index(row["emotion"]) for row in rows])
     return rows, clips, label
 
