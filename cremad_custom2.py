@@ -450,8 +450,8 @@ class Spectrograms:
         self.length = torch.tensor(lengths)
         self.start = self.length.cumsum(0) - self.length
         self.n_cut = torch.tensor(n_cut)
-        self.level = speaker_levels(clips, np.array(levels))
-        self.distance = highest_distance(clips, np.array(distances))
+        self.level = usual_range(clips, np.array(levels))
+        self.distance = usual_range(clips, np.array(distances))["high"]
         self.floor = usual_floor(clips, torch.cat(floors))
         self.measured, self.varies = self.measure_bands()
         # A model to fine-tune expects its own normalisation.
@@ -526,25 +526,19 @@ def number_sentences(clips: pd.DataFrame) -> tuple[int, Tensor]:
     return len(speakers) if is_shared else 0, torch.from_numpy(number)
 
 
-def speaker_levels(clips: pd.DataFrame, levels: np.ndarray) -> dict[str, float]:
-    """The checkpoint's `level`, in dB: the training originals' median, and the usual range.
+def usual_range(clips: pd.DataFrame, values: np.ndarray) -> dict[str, float]:
+    """Median of the training originals' values in dB, and the range that is usual.
 
     `low` and `high` are the lowest and highest speaker's median, at least 8 dB from the median.
+    The checkpoint's `level` is of clip_level; its `distance` is the `high` of clip_distance.
     """
     is_original = (clips.split == "train") & (clips.variant == "original")
-    levels = pd.Series(levels)[is_original]
-    median = float(levels.median())
-    by_speaker = levels.groupby(clips.actor[is_original]).median()
+    values = pd.Series(values)[is_original]
+    median = float(values.median())
+    by_speaker = values.groupby(clips.actor[is_original]).median()
     low = min(float(by_speaker.min()), median - 8)
     high = max(float(by_speaker.max()), median + 8)
     return {"median": round(median, 2), "low": round(low, 2), "high": round(high, 2)}
-
-
-def highest_distance(clips: pd.DataFrame, distances: np.ndarray) -> float:
-    """The checkpoint's `distance`, dB: the highest speaker's median clip_distance in training."""
-    is_original = (clips.split == "train") & (clips.variant == "original")
-    by_speaker = pd.Series(distances)[is_original].groupby(clips.actor[is_original]).median()
-    return round(float(by_speaker.max()), 2)
 
 
 def usual_floor(clips: pd.DataFrame, floors: Tensor) -> list[float]:
@@ -860,13 +854,13 @@ def clip_level(mel: np.ndarray) -> float:
 
 
 def clip_distance(mel: np.ndarray) -> float:
-    """How far a clip's level lies over its noise, dB: the mean power of its quietest tenth.
+    """How far a clip's level lies over its noise, dB: the median cell of its quieter half.
 
     mel: as clip_level's.
     """
-    power = np.sort((10 ** (mel / 10)).mean(axis=1))
-    noise = power[: max(1, len(power) // 10)].mean()
-    return clip_level(mel) - float(10 * np.log10(noise))
+    power = (10 ** (mel / 10)).mean(axis=1)
+    quieter = mel[power.argsort()[: (len(mel) + 1) // 2]]
+    return clip_level(mel) - float(np.median(quieter))
 
 
 def normalize(mel: Tensor, normalization: dict) -> Tensor:

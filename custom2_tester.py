@@ -627,13 +627,13 @@ def clip_level(mel: np.ndarray) -> float:
 
 
 def clip_distance(mel: np.ndarray) -> float:
-    """How far a clip's level lies over its noise, dB: the mean power of its quietest tenth.
+    """How far a clip's level lies over its noise, dB: the median cell of its quieter half.
 
     mel: as clip_level's.
     """
-    power = np.sort((10 ** (mel / 10)).mean(axis=1))
-    noise = power[: max(1, len(power) // 10)].mean()
-    return clip_level(mel) - float(10 * np.log10(noise))
+    power = (10 ** (mel / 10)).mean(axis=1)
+    quieter = mel[power.argsort()[: (len(mel) + 1) // 2]]
+    return clip_level(mel) - float(np.median(quieter))
 
 
 def normalize(mel: Tensor, normalization: dict) -> Tensor:
@@ -1104,8 +1104,8 @@ def choose_gain(levels: list[float], level: dict, adapt: str) -> tuple[float, st
 def choose_filling(distances: list[float], usual: float, adapt: str) -> tuple[bool, str]:
     """Whether a folder's recordings get the noise that they lack, and what to say of it.
 
-    distances: dB, each file's clip_distance; usual: the highest speaker's in training. "auto"
-    fills where the median is above that, and from MIN_LEVEL_FILES files on.
+    distances: dB, each file's clip_distance; usual: the training's at most. "auto" fills where
+    the median is above that, and from MIN_LEVEL_FILES files on.
     """
     distance = float(np.median(distances))
     found = f"Their noise lies {distance:.0f} dB under them, the training's at most {usual:.0f} dB"

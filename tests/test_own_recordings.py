@@ -407,7 +407,7 @@ def test_the_usual_range_reaches_to_the_lowest_and_highest_speaker():
     clips = pd.DataFrame(rows, columns=["actor", "level"])
     clips["split"] = ["train"] * 8 + ["val", "train"]
     clips["variant"] = ["original"] * 9 + ["noise_low"]
-    level = trainer.speaker_levels(clips, clips.level.to_numpy())
+    level = trainer.usual_range(clips, clips.level.to_numpy())
     assert level == {"median": 1.5, "low": -20.5, "high": 9.5}
 
 
@@ -494,7 +494,7 @@ def test_the_level_is_that_of_files_spread_evenly_over_the_folder(monkeypatch, m
     checkpoint = {"max_width": 191, "mel_config": {}}
     levels, distances = tester.measure_folder(paths, corpus, checkpoint, args)
     assert levels == [1.0] * 5
-    assert distances == [0.0] * 5  # alike throughout: no louder than its noise
+    assert distances == pytest.approx([0.0] * 5, abs=1e-4)  # alike throughout
     assert sorted(read) == [paths[i] for i in (0, 12, 24, 35, 47)]
 
 
@@ -589,14 +589,13 @@ def test_what_lies_too_far_over_its_noise_is_filled():
 
 @pytest.fixture(scope="module")
 def cleaned(corpus, tmp_path_factory):
-    """The corpus without what is soft: as after noise suppression, nothing is left in pauses."""
+    """The corpus, each clip with a pause as long as itself, and next to nothing in the pauses."""
     folder = tmp_path_factory.mktemp("cleaned") / "in"
     folder.mkdir()
     for path in sorted(corpus.iterdir()):
         samples, rate = soundfile.read(path)
-        frame = np.sqrt(np.convolve(samples**2, np.ones(400) / 400, "same"))
-        gain = np.where(frame > 0.1 * frame.max(), 1.0, 1e-3)
-        soundfile.write(folder / path.name, samples * gain, rate, subtype="FLOAT")
+        pause = 1e-5 * np.random.default_rng(0).standard_normal(len(samples))
+        soundfile.write(folder / path.name, np.append(samples, pause), rate, subtype="FLOAT")
     return folder
 
 
