@@ -140,6 +140,8 @@ def test_the_file_knows_its_speakers_and_its_level(checkpoint, split):
     level = checkpoint["level"]
     assert level["low"] <= level["median"] - 8
     assert level["high"] >= level["median"] + 8
+    assert len(checkpoint["floor"]) == 128
+    assert checkpoint["distance"] > 0
 
 
 def test_the_file_is_of_half_precision_and_computes_in_single(checkpoint):
