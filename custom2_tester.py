@@ -1104,15 +1104,15 @@ def choose_gain(levels: list[float], level: dict, adapt: str) -> tuple[float, st
 def choose_filling(distances: list[float], usual: float, adapt: str) -> tuple[bool, str]:
     """Whether a folder's recordings get the noise that they lack, and what to say of it.
 
-    distances: dB, each file's clip_distance; usual: the training's at most. "auto" fills where
-    the median is above that, and from MIN_LEVEL_FILES files on.
+    distances: dB, each file's clip_distance; usual: the training's at most. "auto" fills from
+    MIN_LEVEL_FILES files on.
     """
     distance = float(np.median(distances))
-    found = f"Their noise lies {distance:.0f} dB under them, the training's at most {usual:.0f} dB"
-    if adapt == "on" or (distance > usual and len(distances) >= MIN_LEVEL_FILES):
-        return True, f"{found}: each is heard over the noise that it lacks (--adapt {adapt})."
     if distance <= usual:
         return False, ""
+    found = f"Their noise lies {distance:.0f} dB under them, the training's at most {usual:.0f} dB"
+    if adapt == "on" or len(distances) >= MIN_LEVEL_FILES:
+        return True, f"{found}: each is heard over the noise that it lacks (--adapt {adapt})."
     return False, f"{found}, as in a studio or after noise suppression: --adapt on adds what lacks."
 
 
