@@ -760,12 +760,14 @@ def wrong_values(checkpoint: dict) -> str:
     n_mels = checkpoint["model_config"]["n_mels"]
     if n_mels != checkpoint["mel_config"]["n_mels"]:
         return "mel_config and model_config differ in their number of mel bands"
-    bands = dict(checkpoint["normalization"])
+    bands = {
+        f"normalization.{name}": checkpoint["normalization"].get(name) for name in ("mean", "std")
+    }
     bands["floor"] = checkpoint.get("floor", [0.0] * n_mels)
-    for name in ("mean", "std", "floor"):
-        if not isinstance(bands.get(name), list) or len(bands[name]) != n_mels:
+    for name, values in bands.items():
+        if not isinstance(values, list) or len(values) != n_mels:
             return f"there is no {name} of {n_mels} mel bands"
-        if not all(type(value) is float and abs(value) < 1e6 for value in bands[name]):
+        if not all(type(value) is float and abs(value) < 1e6 for value in values):
             return f"{name} is not of finite numbers under 1000000"
     if min(checkpoint["normalization"]["std"]) < 1e-6:
         return "a deviation of the normalization is not above 0"

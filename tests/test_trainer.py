@@ -906,7 +906,7 @@ def test_the_model_file_is_version_2_and_tells_no_path(whole):
     checkpoint = load(path)
     keys = {"format_version", "model_state_dict", "model_config", "mel_config", "normalization"}
     keys |= {"max_width", "classes", "temperature", "epoch", "metrics", "training_config"}
-    keys |= {"versions", "speakers", "level"}
+    keys |= {"versions", "speakers", "level", "floor", "distance"}
     assert checkpoint.keys() == keys
     assert checkpoint["format_version"] == 2
     assert set(checkpoint["mel_config"]) == set(trainer.MEL_SETTINGS)
