@@ -432,9 +432,6 @@ class Spectrograms:
         frames = allocate_frames(capacity, n_mels)
         lengths = []
         n_cut = []
-        levels = []
-        distances = []
-        floors = []
         n_frames = 0
         for path in tqdm(clips.path, "Reading", unit="file", leave=False, disable=RANK > 0):
             mel = read_spectrogram(path, n_mels)
@@ -443,16 +440,16 @@ class Spectrograms:
             n_frames += len(heard)
             lengths.append(len(heard))
             n_cut.append(len(mel) - len(heard))
-            levels.append(clip_level(heard))
-            distances.append(clip_distance(heard))
-            floors.append(noise_floor(torch.from_numpy(heard)[None], torch.tensor([len(heard)])))
         self.frames = torch.from_numpy(frames[:n_frames])
         self.length = torch.tensor(lengths)
         self.start = self.length.cumsum(0) - self.length
         self.n_cut = torch.tensor(n_cut)
-        self.level = usual_range(clips, np.array(levels))
-        self.distance = usual_range(clips, np.array(distances))["high"]
-        self.floor = usual_floor(clips, torch.cat(floors))
+        originals = np.flatnonzero((clips.split == "train") & (clips.variant == "original"))
+        mels = [self.clip(i) for i in originals]
+        actors = clips.actor.to_numpy()[originals]
+        self.level = usual_range([clip_level(mel.numpy()) for mel in mels], actors)
+        self.distance = usual_range([clip_distance(mel.numpy()) for mel in mels], actors)["high"]
+        self.floor = usual_floor(mels)
         self.measured, self.varies = self.measure_bands()
         # A model to fine-tune expects its own normalisation.
         self.normalization = start["normalization"] if start else self.measured
@@ -526,28 +523,23 @@ def number_sentences(clips: pd.DataFrame) -> tuple[int, Tensor]:
     return len(speakers) if is_shared else 0, torch.from_numpy(number)
 
 
-def usual_range(clips: pd.DataFrame, values: np.ndarray) -> dict[str, float]:
+def usual_range(values: list[float], actors: np.ndarray) -> dict[str, float]:
     """Median of the training originals' values in dB, and the range that is usual.
 
     `low` and `high` are the lowest and highest speaker's median, at least 8 dB from the median.
     The checkpoint's `level` is of clip_level; its `distance` is the `high` of clip_distance.
     """
-    is_original = (clips.split == "train") & (clips.variant == "original")
-    values = pd.Series(values)[is_original]
-    median = float(values.median())
-    by_speaker = values.groupby(clips.actor[is_original]).median()
+    median = float(np.median(values))
+    by_speaker = pd.Series(values).groupby(actors).median()
     low = min(float(by_speaker.min()), median - 8)
     high = max(float(by_speaker.max()), median + 8)
     return {"median": round(median, 2), "low": round(low, 2), "high": round(high, 2)}
 
 
-def usual_floor(clips: pd.DataFrame, floors: Tensor) -> list[float]:
-    """The checkpoint's `floor`: median noise floor of each mel band, dB, in training.
-
-    floors: (clips, mel bands).
-    """
-    is_original = (clips.split == "train") & (clips.variant == "original")
-    return np.median(floors.numpy()[is_original], axis=0).tolist()
+def usual_floor(mels: list[Tensor]) -> list[float]:
+    """The checkpoint's `floor`: each mel band's median noise floor, dB, of (frames, mel bands)."""
+    floors = [noise_floor(mel[None], torch.tensor([len(mel)])) for mel in mels]
+    return np.median(torch.cat(floors).numpy(), axis=0).tolist()
 
 
 # --------------------------------------------------------------------------------------

@@ -1130,10 +1130,11 @@ def classify(
     read = functools.partial(read_window, mel_config=checkpoint["mel_config"], options=options)
     for batch, clips in prefetch(windows, read, args.workers, BATCHES_AHEAD * args.batch_size):
         mels = [clip.mel for clip in clips]
-        size = args.batch_size
-        found = predict_windows(mels, model, checkpoint, size, options.fill_db)
+        probabilities, embeddings = predict_windows(
+            mels, model, checkpoint, args.batch_size, options.fill_db
+        )
         predictions = []
-        for window, clip, p, e in zip(batch, clips, *found, strict=True):
+        for window, clip, p, e in zip(batch, clips, probabilities, embeddings, strict=True):
             shown = None
             if keep_mels and clip.mel is not None:  # the recording as it is
                 shown = thin_out(clip.mel, clip.duration) - np.float32(options.gain_db)
@@ -2089,7 +2090,8 @@ class Results:
         now = {"model": self.note["model_sha256"]} | self.note["options"]
         for name in ("gain_db", "fill_db"):
             both = (before.get(name), now[name])
-            if None not in both and abs(both[0] - both[1]) <= 0.1:
+            is_number = all(type(value) in (int, float) for value in both)
+            if is_number and abs(both[0] - both[1]) <= 0.1:
                 before[name] = now[name]
         differ = [name for name in now if before.get(name) != now[name]]
         return {name: f"{before.get(name)}, now {now[name]}" for name in differ}
@@ -2365,12 +2367,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--window", type=float, default=3.0, help="--segments: seconds a window (3)")
     add("--step", type=float, default=1.5, help="--segments: seconds between starts (1.5)")
     add("--labels", type=Path, help="CSV file,emotion,...: the true emotions, instead of names")
-    add(
-        "--adapt",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="to the training's level and noise",
-    )
+    add("--adapt", choices=("auto", "on", "off"), default="auto", help="level, noise as trained")
     add("--embeddings", action="store_true", help="embeddings.npy: what the model's head reads")
     add("--min_confidence", type=float, metavar="P", help="0 to 1: below it, `uncertain` is yes")
     add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, then --resume")

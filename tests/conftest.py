@@ -36,6 +36,8 @@ TOY = {
     "BATCH_SIZE": 16,
     "EPOCHS": 5,
     "LEARNING_RATE": 3e-3,
+    "OTHER_FLOOR": 0.0,  # takes longer to learn
+    "AUTOMATIC_GAIN": 0.0,
 }
 NO_AUGMENTATION = {
     "TIME_MASK": 0,

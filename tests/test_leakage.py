@@ -17,7 +17,7 @@ import cremad_custom2 as trainer
 CODES = list(trainer.EMOTIONS)
 VARIANTS = ("original", "pitch_up", "noise_low")
 # One dtype wherever these run: whether bfloat16 is faster depends on what else the machine does.
-PLAIN = TOY | {"AMP": "off"}
+PLAIN = TOY | {"AMP": "off", "OTHER_FLOOR": 0.4, "AUTOMATIC_GAIN": 0.2}
 MEL = {"sample_rate": 16000, "hop_length": 512, "n_mels": 128}
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import robustness
-from conftest import NO_AUGMENTATION, TOY, classify, generate, train
+from conftest import NO_AUGMENTATION, classify, generate, train
 from synthetic_corpus import make_corpus
 
-LAPTOP = TOY | {
+LAPTOP = {
     "CHANNELS": (16, 32, 48, 64),
     "HIDDEN": 64,
+    "HEADS": 4,
     "EPOCHS": 8,
     "BATCH_SIZE": 32,
     "LEARNING_RATE": 1e-3,
