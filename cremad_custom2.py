@@ -87,6 +87,7 @@ RANDOM_GAIN_DB = 4.0  # standard deviation of a random gain; 0 = off
 NARROW_BAND = 0.1  # share of training clips without outer bands, as on a telephone; 0 = off
 OTHER_FLOOR = 0.4  # share with another noise floor, as rooms and suppressors make it; 0 = off
 AUTOMATIC_GAIN = 0.2  # share whose loudness is evened out, as by phones; 0 = off
+ADD_FLOOR = True  # the training's noise floor is added to every clip, in training and in use
 EMA_DECAY = 0.997  # a step, of the averaged weights that are validated and saved; 0 = off
 GRADIENT_CLIP = 1.0  # norm
 SENTENCE_WEIGHT = 0.0  # 0.2: better on CREMA-D's own sentences, worse on other people's; README
@@ -158,7 +159,7 @@ def check_constants() -> None:
         may_be_empty = name == "START_FROM"
         if type(globals().get(name)) is not str or not (globals()[name] or may_be_empty):
             raise_wrong_constant(name, "a text in quotes")
-    for name in ("WEIGHTED_SAMPLING", "RESUME"):
+    for name in ("WEIGHTED_SAMPLING", "ADD_FLOOR", "RESUME"):
         if type(globals().get(name)) is not bool:
             raise_wrong_constant(name, "True or False")
     if globals().get("AMP") not in ("auto", "off"):
@@ -467,16 +468,20 @@ class Spectrograms:
         return self.label[self.indices[name]]
 
     def measure_bands(self) -> tuple[dict[str, list[float]], Tensor]:
-        """The training clips' mean and deviation, dB, of each mel band, and which bands vary.
+        """The checkpoint's `normalization`, of the training clips, and which mel bands vary.
 
-        A band without an STFT bin is constant: it gets deviation 1.
+        A floor that is added stands under the clips whose mean and deviation are measured. A band
+        without an STFT bin is constant: it gets deviation 1.
         """
         train = self.indices["train"]
         n_mels = self.frames.shape[1]
+        measured = {"mean": [0.0] * n_mels, "std": [1.0] * n_mels}
+        if ADD_FLOOR:
+            measured["floor"] = self.floor
         total = torch.zeros(n_mels, dtype=torch.float64)
         squares = torch.zeros_like(total)
         for i in tqdm(train, "Measuring", unit="clip", leave=False, disable=RANK > 0):
-            mel = self.clip(i).double()
+            mel = normalize(self.clip(i), measured).double()
             total += mel.sum(0)
             squares += mel.square().sum(0)
         n_frames = self.length[train].sum()
@@ -484,7 +489,7 @@ class Spectrograms:
         variance = squares / n_frames - mean.square()
         varies = variance > 1e-4
         std = torch.where(varies, variance.clamp(min=1e-4).sqrt(), 1.0)
-        return {"mean": mean.tolist(), "std": std.tolist()}, varies
+        return measured | {"mean": mean.tolist(), "std": std.tolist()}, varies
 
     def to_gpu_if_it_fits(self, device: torch.device) -> None:
         """Moves all frames to a GPU of which they take less than half; else batch by batch."""
@@ -856,9 +861,17 @@ def clip_distance(mel: np.ndarray) -> float:
 
 
 def normalize(mel: Tensor, normalization: dict) -> Tensor:
-    """A log-mel in dB (..., mel bands), each band less its mean, by its deviation."""
+    """A log-mel in dB (..., mel bands) as the model takes it: over a noise floor, centred, scaled.
+
+    normalization: mean, std and, where the model has one, floor, of each mel band in dB. The floor
+    is added in power, so that what lies far under it (a noise suppressor's silence) is not seen.
+    """
     mean = torch.tensor(normalization["mean"]).to(mel.device)
     std = torch.tensor(normalization["std"]).to(mel.device)
+    if "floor" in normalization:
+        nepers = math.log(10) / 10  # in a decibel of power
+        floor = torch.tensor(normalization["floor"]).to(mel.device)
+        mel = torch.logaddexp(nepers * mel, nepers * floor) / nepers
     return (mel - mean) / std
 
 

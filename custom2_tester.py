@@ -637,9 +637,17 @@ def clip_distance(mel: np.ndarray) -> float:
 
 
 def normalize(mel: Tensor, normalization: dict) -> Tensor:
-    """A log-mel in dB (..., mel bands), each band less its mean, by its deviation."""
+    """A log-mel in dB (..., mel bands) as the model takes it: over a noise floor, centred, scaled.
+
+    normalization: mean, std and, where the model has one, floor, of each mel band in dB. The floor
+    is added in power, so that what lies far under it (a noise suppressor's silence) is not seen.
+    """
     mean = torch.tensor(normalization["mean"]).to(mel.device)
     std = torch.tensor(normalization["std"]).to(mel.device)
+    if "floor" in normalization:
+        nepers = math.log(10) / 10  # in a decibel of power
+        floor = torch.tensor(normalization["floor"]).to(mel.device)
+        mel = torch.logaddexp(nepers * mel, nepers * floor) / nepers
     return (mel - mean) / std
 
 
@@ -760,10 +768,10 @@ def wrong_values(checkpoint: dict) -> str:
     n_mels = checkpoint["model_config"]["n_mels"]
     if n_mels != checkpoint["mel_config"]["n_mels"]:
         return "mel_config and model_config differ in their number of mel bands"
-    bands = {
-        f"normalization.{name}": checkpoint["normalization"].get(name) for name in ("mean", "std")
-    }
-    bands["floor"] = checkpoint.get("floor", [0.0] * n_mels)
+    no_floor = [0.0] * n_mels
+    normalization = {"mean": None, "std": None, "floor": no_floor} | checkpoint["normalization"]
+    bands = {f"normalization.{name}": normalization[name] for name in ("mean", "std", "floor")}
+    bands["floor"] = checkpoint.get("floor", no_floor)
     for name, values in bands.items():
         if not isinstance(values, list) or len(values) != n_mels:
             return f"there is no {name} of {n_mels} mel bands"

@@ -49,6 +49,7 @@ NO_AUGMENTATION = {
     "NARROW_BAND": 0.0,
     "OTHER_FLOOR": 0.0,
     "AUTOMATIC_GAIN": 0.0,
+    "ADD_FLOOR": False,
 }
 
 

@@ -288,6 +288,8 @@ OTHER = {
     "a mean that is NaN": ("normalization.mean", lambda c: [math.nan] * 128, "mean"),
     "a mean as text": ("normalization.mean", lambda c: ["0"] * 128, "mean"),
     "means of 64 bands": ("normalization.mean", lambda c: [0.0] * 64, "mean"),
+    "an added floor that is None": ("normalization.floor", lambda c: None, "floor"),
+    "an added floor without end": ("normalization.floor", lambda c: [-math.inf] * 128, "floor"),
     "a floor that is None": ("floor", lambda c: None, "floor"),
     "a floor without end": ("floor", lambda c: [-math.inf] * 128, "floor"),
     "floors of 64 bands": ("floor", lambda c: [-70.0] * 64, "floor"),

@@ -401,6 +401,16 @@ def test_automatic_gain_evens_out_the_loudness(constants):
     assert (ramp >= -1e-4).all(), "the gain jumps back and forth"
 
 
+def test_the_floor_is_added_before_mean_and_deviation():
+    """In power: equal to the floor is 3 dB above it, far under it is at it, far over it stays."""
+    normalization = {"mean": [-60.0] * 3, "std": [2.0] * 3, "floor": [-70.0] * 3}
+    mel = torch.tensor([[-70.0, -100.0, -10.0]])
+    expected = (torch.tensor([[-70 + 10 * math.log10(2), -69.9957, -10.0]]) + 60) / 2
+    assert torch.allclose(trainer.normalize(mel, normalization), expected, atol=1e-4)
+    del normalization["floor"]
+    assert torch.equal(trainer.normalize(mel, normalization), (mel + 60) / 2)
+
+
 MEL_16 = {"sample_rate": 16000, "hop_length": 256, "n_mels": 16}
 MEL_128 = {"sample_rate": 16000, "hop_length": 512, "n_mels": 128}
 
@@ -434,7 +444,7 @@ def test_constant_mel_bands_have_deviation_one_and_are_left_alone(constants, tmp
     for mel in mels.values():
         mel[[2, 5]] = -100.0
     write_mels(tmp_path, mels)
-    constants(BATCH_SIZE=4, SPLIT="actor", MEL_SHIFT=0)
+    constants(BATCH_SIZE=4, SPLIT="actor", MEL_SHIFT=0, ADD_FLOOR=False)
     data = trainer.Spectrograms(trainer.assign_split(trainer.list_clips(tmp_path)), MEL_16)
     assert [data.normalization["std"][i] for i in (2, 5)] == [1.0, 1.0]
     assert [data.normalization["mean"][i] for i in (2, 5)] == pytest.approx([-100.0, -100.0])
@@ -759,6 +769,7 @@ def plain_epoch(first_epoch):
         ("NARROW_BAND", 0.9),
         ("OTHER_FLOOR", 0.5),
         ("AUTOMATIC_GAIN", 0.5),
+        ("ADD_FLOOR", False),
         ("GRADIENT_CLIP", 1e-6),
         ("MAX_WIDTH", 20),
         ("SEED", 1),
@@ -924,12 +935,13 @@ def test_the_model_file_is_version_2_and_tells_no_path(whole):
 
 def read_clips(mels, folder, part, normalization):
     """A part's originals, normalised, and their labels, read without the trainer's help."""
-    mean, std = (np.array(normalization[name]) for name in ("mean", "std"))
+    mean, std, floor = (np.array(normalization[name]) for name in ("mean", "std", "floor"))
     rows = [row for row in read_table(folder / "split.csv") if row["split"] == part]
     clips = []
     for row in rows:
         mel = np.load(mels / row["emotion"] / f"{row['stem']}_original.npy")
-        clips.append(torch.from_numpy((mel.T - mean) / std).float())
+        power = 10 ** (mel.T.astype(float) / 10) + 10 ** (floor / 10)
+        clips.append(torch.from_numpy((10 * np.log10(power) - mean) / std).float())
     label = torch.tensor([list(trainer.EMOTIONS).index(row["emotion"]) for row in rows])
     return rows, clips, label
 
