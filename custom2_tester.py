@@ -945,7 +945,8 @@ def read_window(window: Window, mel_config: dict, options: RunOptions) -> HeardW
     """Log-mel spectrogram of a window, or what is wrong with it."""
     if window.error:
         return HeardWindow(None, math.nan, math.nan, window.error)
-    rate, hop_length = mel_config["sample_rate"], mel_config["hop_length"]
+    rate = mel_config["sample_rate"]
+    hop_length = mel_config["hop_length"]
     seconds = options.seconds(mel_config)
     try:
         samples, duration = load_audio(window.source, rate, hop_length, window.start, seconds)
@@ -1234,7 +1235,8 @@ def draw_clip(
 ) -> None:
     """Spectrogram with axes in s and Hz, what was ignored in grey, and bars of confidence."""
     figure, left, right, image, bars = clip_figure(names)
-    mel, probabilities = prediction.mel, prediction.probabilities
+    mel = prediction.mel
+    probabilities = prediction.probabilities
     heard = mel.shape[1] * mel_config["hop_length"] / mel_config["sample_rate"]
     image.set(data=mel, extent=(0, heard, -0.5, len(mel) - 0.5))
     left.set_xlim(0, min(max(heard, prediction.duration), 1.2 * heard))
