@@ -1308,7 +1308,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 200) -> None:
 
 
 def plot_history(path: Path, history: list[dict], best_epoch: int) -> None:
-    """Loss, accuracy and learning rate over the epochs, the best one marked."""
+    """Loss, accuracy and learning rate over the epochs, the one that was kept marked."""
     table = pd.DataFrame(history).set_index("epoch")
     figure = Figure(figsize=(3.5, 6.5), layout="constrained")
     loss, accuracy, rate = figure.subplots(3, 1, sharex=True)
@@ -1513,7 +1513,10 @@ def print_setup(clips: pd.DataFrame, data: Spectrograms, state: TrainState, conf
         print(f"Note: {note}")
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     print(f"{state.device}, {dtype_name(state.dtype)}, {millions:.1f} M parameters.")
-    print("Columns of two: training, validation. * kept: as good as the best so far.", flush=True)
+    print(
+        "Columns of two: training, validation. * kept: within a standard error of the best.",
+        flush=True,
+    )
 
 
 def print_epoch(row: dict, is_kept: bool) -> None:

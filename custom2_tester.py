@@ -677,31 +677,37 @@ def try_device(device: torch.device) -> None:
 
 
 def load_model(path: Path, device: torch.device) -> tuple[EmotionClassifier, dict]:
-    """The model of best_model.pth in evaluation mode, and the file's dict; raises UserError.
-
-    No memory is taken for a model of other sizes than the file's: it is built on the meta device
-    first. float16 weights compute as float32.
-    """
+    """The model of best_model.pth in evaluation mode, and the file's dict; raises UserError."""
     checkpoint = read_checkpoint(path)
     wrong = wrong_checkpoint(checkpoint)
-    if not wrong and not all(isinstance(key, str) for key in checkpoint["model_state_dict"]):
-        wrong = "holds weights without a name"
     if not wrong:
-        with torch.device("meta"):
-            model = EmotionClassifier(**checkpoint["model_config"])
-        n_elements = sum(tensor.numel() for tensor in model.state_dict().values())
-        if 2 * n_elements > path.stat().st_size:  # float16's bytes
-            wrong = "holds fewer weights than its model_config asks for"
-    if not wrong:
-        try:
-            model.to_empty(device="cpu").load_state_dict(checkpoint["model_state_dict"])
-        except RuntimeError as error:
-            wrong = f"holds other weights than its model_config asks for ({str(error)[:200]})"
-    if not wrong and not all(value.isfinite().all() for value in model.state_dict().values()):
-        wrong = "holds weights that are NaN or infinite"
+        model, wrong = build_model(checkpoint, path.stat().st_size)
     if wrong:
         raise UserError(f"{path} {wrong}: take a best_model.pth as cremad_custom2.py wrote it.")
     return model.to(device).eval(), checkpoint
+
+
+def build_model(checkpoint: dict, n_bytes: int) -> tuple[EmotionClassifier | None, str]:
+    """The model with a checkpoint's weights, or None and what is wrong with these, in words.
+
+    No memory is taken for a model of other sizes than the file's n_bytes: it is built on the meta
+    device first. float16 weights compute as float32.
+    """
+    weights = checkpoint["model_state_dict"]
+    if not all(isinstance(key, str) for key in weights):
+        return None, "holds weights without a name"
+    with torch.device("meta"):
+        model = EmotionClassifier(**checkpoint["model_config"])
+    n_elements = sum(tensor.numel() for tensor in model.state_dict().values())
+    if 2 * n_elements > n_bytes:  # of float16
+        return None, "holds fewer weights than its model_config asks for"
+    try:
+        model.to_empty(device="cpu").load_state_dict(weights)
+    except RuntimeError as error:
+        return None, f"holds other weights than its model_config asks for ({str(error)[:200]})"
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        return None, "holds weights that are NaN or infinite"
+    return model, ""
 
 
 def wrong_checkpoint(checkpoint: dict) -> str:
@@ -2319,12 +2325,6 @@ def remove_earlier(args: argparse.Namespace, paths: set[str]) -> None:
             folder.rmdir()
 
 
-def print_shards_note(args: argparse.Namespace) -> None:
-    """Says that shards lie in --output_dir that nobody has joined."""
-    if not args.shard and (shards := find_shards(args.output_dir)):
-        print(f"Note: {args.output_dir} holds {count(len(shards), 'shard')}: --resume joins them.")
-
-
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -2368,7 +2368,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--input_dir", type=Path, required=True, help="folder of sound files, or one file")
-    add("--model_path", type=Path, help="best_model.pth of cremad_custom2.py (the one beside this)")
+    model_help = "best_model.pth of cremad_custom2.py (the one beside this)"
+    add("--model_path", type=Path, default=DEFAULT_MODEL, help=model_help)
     add("--output_dir", type=Path, required=True, help="folder for the results")
     add("--max_width", type=int, help="frames; longer clips are cut (the checkpoint's, often 191)")
     add("--cpu", action="store_true", help="do not use the GPU")
@@ -2397,7 +2398,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--min_confidence is {args.min_confidence}: must be 0 to 1")
     if args.step > args.window:
         parser.error(f"--step {args.step:g} is longer than --window {args.window:g}: gaps between")
-    if args.model_path is None and not DEFAULT_MODEL.is_file():
+    if args.model_path == DEFAULT_MODEL and not DEFAULT_MODEL.is_file():
         parser.error(f"--model_path is needed: there is no {DEFAULT_MODEL}")
     if args.embeddings and (args.shard or args.resume):
         parser.error("--embeddings needs all files in one run: leave out --shard and --resume")
@@ -2428,6 +2429,33 @@ def run_options(
     return RunOptions(input_dir, max_width, *segments, args.min_confidence, gain_db, fill_db)
 
 
+def report_folder(
+    args: argparse.Namespace,
+    folder: Path,
+    rows: list[dict],
+    checkpoint: dict,
+    options: RunOptions,
+    embeddings: dict[str, np.ndarray],
+    level_note: str,
+) -> None:
+    """What stands beside the table: summary, figures, embeddings, page."""
+    notes = report_results(args.output_dir, rows, checkpoint, options)
+    if args.embeddings:
+        write_embeddings(args.output_dir, rows, embeddings)
+    if args.visualize:
+        notes = [f"Model: {args.model_path.name}.", level_note, *notes]
+        write_page(args.output_dir, folder, rows, checkpoint, notes)
+
+
+def print_closing(args: argparse.Namespace, table: Path, seconds: float) -> None:
+    """Where the results are, and whether shards wait to be joined."""
+    if not args.shard and (shards := find_shards(args.output_dir)):
+        print(f"Note: {args.output_dir} holds {count(len(shards), 'shard')}: --resume joins them.")
+    print(f"{seconds} s. Results: {table}")
+    if args.visualize and not args.shard:
+        print(f"To look and listen: {args.output_dir / 'report.html'}")
+
+
 def fail(message: str, status: int = 1) -> int:
     """Tells why the run ends; returns the exit status."""
     print(message, file=sys.stderr)
@@ -2437,17 +2465,16 @@ def fail(message: str, status: int = 1) -> int:
 def classify_folder(args: argparse.Namespace) -> int:
     """Loads the model, classifies, draws, sums up; returns the exit status."""
     started = time.perf_counter()
-    model_path = args.model_path or DEFAULT_MODEL
     folder, found, closed = find_input(args.input_dir)
     with drawing_pool(min(args.workers, len(found)) if args.visualize else 0) as pool:
         device = gpu_or_cpu(args.cpu)
-        model, checkpoint = load_model(model_path, device)
+        model, checkpoint = load_model(args.model_path, device)
         check_window(args, checkpoint)
         check_output_dir(args.output_dir)
         labels = find_labels(found, checkpoint["classes"], args.labels)
         paths = sorted(path for path in [*found, *closed] if in_shard(path, args.shard))
         n_files = count(len(paths), "file")
-        print(f"{model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {n_files}.")
+        print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {n_files}.")
         *adaptation, level_note = adapt_to_training(found, folder, checkpoint, args)
         if level_note:
             print(level_note)
@@ -2455,7 +2482,7 @@ def classify_folder(args: argparse.Namespace) -> int:
         tables = shard_folder(args.output_dir, args.shard)
         tables.mkdir(parents=True, exist_ok=True)
         with folder_lock(tables):
-            results = Results(tables, checkpoint, options, hash_file(model_path))
+            results = Results(tables, checkpoint, options, hash_file(args.model_path))
             earlier = {row["file"] for row in read_rows(results.path(RESULTS))}
             done = results.begin(take_up_all(results, paths, args) if args.resume else {})
             results.append({RESULTS: failed_rows(closed, paths)})
@@ -2464,20 +2491,13 @@ def classify_folder(args: argparse.Namespace) -> int:
             embeddings = classify_all(files, results, checkpoint, options, args, pool, labels)
             rows = results.publish(paths, labels)
             if not args.shard:
-                kept = {row["file"] for row in rows if row["predicted_class"]}
-                remove_earlier(args, earlier - (kept if args.visualize else kept & done))
-                notes = report_results(args.output_dir, rows, checkpoint, options)
-                if args.embeddings:
-                    write_embeddings(args.output_dir, rows, embeddings)
-                if args.visualize:
-                    notes = [f"Model: {model_path.name}.", level_note, *notes]
-                    write_page(args.output_dir, folder, rows, checkpoint, notes)
+                answered = {row["file"] for row in rows if row["predicted_class"]}
+                pictured = answered if args.visualize else answered & done
+                remove_earlier(args, earlier - pictured)
+                report_folder(args, folder, rows, checkpoint, options, embeddings, level_note)
             details = {"device": str(device), "seconds": round(time.perf_counter() - started, 1)}
             write_run_record(tables / "run.json", PACKAGES, results.note | details)
-    print_shards_note(args)
-    print(f"{details['seconds']} s. Results: {results.path(RESULTS)}")
-    if args.visualize and not args.shard:
-        print(f"To look and listen: {args.output_dir / 'report.html'}")
+    print_closing(args, results.path(RESULTS), details["seconds"])
     failed = [row for row in rows if row["error"]]
     if rows and len(failed) == len(rows):
         raise UserError(f"No file could be classified, the first because: {failed[0]['error']}")
