@@ -1129,8 +1129,8 @@ def choose_filling(distances: list[float], usual: float, adapt: str) -> tuple[bo
         return False, ""
     found = f"Their noise lies {distance:.0f} dB under them, the training's at most {usual:.0f} dB"
     if adapt == "on" or len(distances) >= MIN_LEVEL_FILES:
-        return True, f"{found}: each is heard over the noise that it lacks (--adapt {adapt})."
-    return False, f"{found}, as in a studio or after noise suppression: --adapt on adds what lacks."
+        return True, f"{found}: each gets the noise that it lacks (--adapt {adapt})."
+    return False, f"{found}, as in a studio or after suppression: --adapt on adds what is missing."
 
 
 def classify(
@@ -2378,7 +2378,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--window", type=float, default=3.0, help="--segments: seconds a window (3)")
     add("--step", type=float, default=1.5, help="--segments: seconds between starts (1.5)")
     add("--labels", type=Path, help="CSV file,emotion,...: the true emotions, instead of names")
-    add("--adapt", choices=("auto", "on", "off"), default="auto", help="level, noise as trained")
+    adapt_help = "to the training's level and noise: auto from 20 files on, on always, off never"
+    add("--adapt", choices=("auto", "on", "off"), default="auto", help=adapt_help)
     add("--embeddings", action="store_true", help="embeddings.npy: what the model's head reads")
     add("--min_confidence", type=float, metavar="P", help="0 to 1: below it, `uncertain` is yes")
     add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, then --resume")
