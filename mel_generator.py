@@ -148,9 +148,9 @@ def check_file(path: Path) -> None:
 
 
 def decode_with_ffmpeg(path: Path, wav: Path, seconds: float | None = None) -> float | None:
-    """Decodes a file, or its first `seconds`, into a WAV that libsndfile reads.
+    """Decodes a file's sound, or its first `seconds`, into a WAV that libsndfile reads.
 
-    Returns the whole file's length in seconds as ffmpeg tells it, or None where it tells none.
+    Returns the whole file's length in seconds, or None where ffmpeg tells none or but a guess.
     """
     if shutil.which("ffmpeg") is None:
         raise AudioError(
@@ -159,6 +159,7 @@ def decode_with_ffmpeg(path: Path, wav: Path, seconds: float | None = None) -> f
         )
     command = ["ffmpeg", "-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info", "-y"]
     command += ["-protocol_whitelist", "file", "-i", path.absolute(), "-vn"]
+    command += ["-af", "asetpts=N/SR/TB"]  # sound that starts later than its video counts from 0
     command += [] if seconds is None else ["-t", f"{seconds:.3f}"]
     command += ["-c:a", "pcm_f32le", "-rf64", "auto", wav.absolute()]
     try:
@@ -170,10 +171,11 @@ def decode_with_ffmpeg(path: Path, wav: Path, seconds: float | None = None) -> f
         lines = re.findall(r"\[(?:error|fatal)\] (.+)", text) or text.split("\n")
         reason = next((line.strip() for line in lines if line.strip()), "no sound in it")
         raise AudioError(f"unreadable: ffmpeg says: {reason}")
-    if length := re.search(r"Duration: (\d+):(\d+):([\d.]+)", text):
-        hours, minutes, rest = length.groups()
-        return 3600 * int(hours) + 60 * int(minutes) + float(rest)
-    return None
+    length = re.search(r"^(?:\[info\])? *Duration: (\d+):(\d+):([\d.]+)", text, re.MULTILINE)
+    if length is None or "Estimating duration" in text:
+        return None
+    hours, minutes, rest = length.groups()
+    return 3600 * int(hours) + 60 * int(minutes) + float(rest)
 
 
 def repair_wav(path: Path) -> mmap.mmap | None:
@@ -284,9 +286,13 @@ def decode(
         with tempfile.TemporaryDirectory() as folder:
             wav = Path(folder, "decoded.wav")
             length = decode_with_ffmpeg(path, wav, None if math.isinf(end) else end)
-            check_duration(length or 0.0, max_duration)
-            samples, rate, decoded = decode(wav, start, seconds, max_duration)
-        return samples, rate, length or decoded
+            if length is None and seconds is not None:
+                decode_with_ffmpeg(path, wav)  # how long it lasts, only decoding all of it tells
+            samples, rate, duration = decode(wav, start, seconds, math.inf)
+        if duration > end - 0.1:  # else all was decoded: a video may last longer than its sound
+            duration = max(duration, length or 0.0)
+        check_duration(duration, max_duration)
+        return samples, rate, duration
     try:
         with open_sound(path) as file:
             samples = read_samples(file, start, seconds, max_duration)
