@@ -333,15 +333,28 @@ def split_from_csv(stems: pd.Series) -> list[str | None]:
     return [parts.get(stem) for stem in stems]
 
 
-def assign_split(clips: pd.DataFrame) -> pd.DataFrame:
-    """Adds the column `split`, drops what no part uses: variants but the original only train."""
-    originals = clips[clips.variant == "original"]
-    if SPLIT == "actor" and (originals.actor == "unknown").any():
-        n_unknown = (originals.actor == "unknown").sum()
+def check_speakers(actors: pd.Series) -> None:
+    """Raises UserError where clips of one speaker might come to different parts."""
+    n_unknown = (actors == "unknown").sum()
+    if n_unknown:
         raise UserError(
             f'SPLIT = "actor", but of {count(n_unknown, "clip")} the speaker is unknown: add a '
             'column speaker to the table of --labels, or set SPLIT = "clip", which is optimistic.'
         )
+    names = actors.drop_duplicates()
+    alike = names[names.str.casefold().duplicated(keep=False)]
+    if len(alike):
+        raise UserError(
+            f"MEL_DIR = {MEL_DIR!r} has the speakers {', '.join(alike)}: one voice must not be "
+            "two, so write each in one way and run mel_generator.py again."
+        )
+
+
+def assign_split(clips: pd.DataFrame) -> pd.DataFrame:
+    """Adds the column `split`, drops what no part uses: variants but the original only train."""
+    originals = clips[clips.variant == "original"]
+    if SPLIT == "actor":
+        check_speakers(originals.actor)
     if SPLIT in ("actor", "clip"):
         groups = originals.actor if SPLIT == "actor" else originals.stem
         if groups.nunique() < 3:
@@ -1178,7 +1191,7 @@ def fit(state: TrainState, data: Spectrograms, clips: pd.DataFrame, config: dict
             if is_kept:
                 save_best_model(state, data, clips, config, temperature)
             save_progress(state, config)
-            print_epoch(row, is_kept)
+            print_epoch(row, is_kept, time.perf_counter() - started)
 
 
 # --------------------------------------------------------------------------------------
@@ -1485,6 +1498,10 @@ def training_notes(clips: pd.DataFrame, data: Spectrograms) -> list[str]:
     if n_steps < 20:
         steps = count(n_steps, "step")
         notes.append(f"an epoch has {steps} of BATCH_SIZE {BATCH_SIZE}: lower it, or raise EPOCHS.")
+    has_floor = "floor" in data.normalization
+    if has_floor != ADD_FLOOR:
+        has = "a" if has_floor else "no"
+        notes.append(f"ADD_FLOOR does nothing: START_FROM's model was trained with {has} floor.")
     if SENTENCE_WEIGHT and not data.n_sentences:
         notes.append(
             "SENTENCE_WEIGHT does nothing: the names' second field must tell 2 to 100 sentences, "
@@ -1519,10 +1536,10 @@ def print_setup(clips: pd.DataFrame, data: Spectrograms, state: TrainState, conf
     )
 
 
-def print_epoch(row: dict, is_kept: bool) -> None:
-    """The epoch's line."""
+def print_epoch(row: dict, is_kept: bool, seconds: float) -> None:
+    """The epoch's line; seconds: what it took with validation and saving."""
     n_left = EPOCHS - row["epoch"]
-    left = f"  at most {math.ceil(n_left * row['seconds'] / 60)} min left" if n_left else ""
+    left = f"  at most {math.ceil(n_left * seconds / 60)} min left" if n_left else ""
     print(
         f"epoch {row['epoch']:3d}/{EPOCHS}  loss {row['train_loss']:.3f} {row['val_loss']:.3f}  "
         f"accuracy {100 * row['train_accuracy']:4.1f} {100 * row['val_accuracy']:4.1f} %  "
@@ -1800,7 +1817,9 @@ def read_start(clips: pd.DataFrame, mel_config: dict) -> dict | None:
         raise UserError(f"START_FROM = {START_FROM!r} is no whole model ({error}).") from error
     if codes != list(EMOTIONS):
         raise UserError(f"START_FROM = {START_FROM!r}: its classes are {codes}.")
-    if known := sorted(speakers & set(clips.actor[clips.split != "train"])):
+    folded = {name.casefold() for name in speakers}
+    actors = set(clips.actor[clips.split != "train"])
+    if known := sorted(name for name in actors if name.casefold() in folded):
         raise UserError(
             f"START_FROM = {START_FROM!r} was trained on {', '.join(known)}, who would now "
             "validate or test: let them train, or rename them if they are other people."

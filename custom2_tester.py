@@ -37,6 +37,7 @@ import mmap
 import multiprocessing
 import os
 import platform
+import posixpath
 import re
 import reprlib
 import secrets
@@ -90,6 +91,9 @@ FORMAT_VERSION = 2  # of best_model.pth
 RESULTS = "classification_results"  # the main table
 LEVEL_FILES = 500  # of a folder, whose level is measured
 MIN_LEVEL_FILES = 20  # fewer say too little about a folder
+LEVEL_WINDOWS = 8  # of a file, with --segments
+PAUSE_DB = 20  # a window this far under its recording's loudest is a pause
+MAX_GAIN_DB = 40  # what is farther from the training's level has another reason than its gain
 BATCHES_AHEAD = 4  # batches of files read ahead, sorted by length, and written together
 MAX_ROWS_SHOWN = 20  # on the screen
 DB_RANGE = (-60, 20)  # of all pictures: loudness is a cue
@@ -813,11 +817,11 @@ def wrong_values(checkpoint: dict) -> str:
 
 
 def known_speakers(checkpoint: dict) -> set[str]:
-    """The speakers that trained or validated the model, as the checkpoint names them."""
+    """The speakers that trained or validated the model, in lower case."""
     speakers = checkpoint.get("speakers")
     lists = speakers.values() if isinstance(speakers, dict) else []
     names = [name for part in lists if isinstance(part, list) for name in part]
-    return {name for name in names if isinstance(name, str)}
+    return {name.casefold() for name in names if isinstance(name, str)}
 
 
 def gpu_or_cpu(cpu: bool) -> torch.device:
@@ -1027,7 +1031,9 @@ def predict_windows(
     if good:
         heard = [torch.from_numpy(mels[i].T) for i in good]
         if fill_db is not None:
-            heard = [fill_floor(mel, torch.tensor(checkpoint["floor"]) + fill_db) for mel in heard]
+            floor = torch.tensor(checkpoint["floor"])
+            floor += fill_db * (floor > SILENCE_DB)  # a band without an STFT bin stays empty
+            heard = [fill_floor(mel, floor) for mel in heard]
         normalised = [normalize(mel, normalization) for mel in heard]
         encoded = encode_clips(model, normalised, batch_size, device)
         embeddings[good] = encoded
@@ -1048,13 +1054,43 @@ def predict(
     samples = samples[:, None] if samples.ndim == 1 else samples
     check_samples(samples)
     mel_config = checkpoint["mel_config"]
-    mono = soxr.resample(mix_to_mono(samples), sample_rate, mel_config["sample_rate"])
-    if np.ptp(mono) == 0 or len(mono) < mel_config["hop_length"]:
-        raise AudioError("silent, or shorter than one hop")
+    mono = mix_to_mono(samples)
+    if np.ptp(mono) == 0:
+        raise AudioError("silent: all samples are equal")
+    mono = soxr.resample(mono, sample_rate, mel_config["sample_rate"])
+    if len(mono) < mel_config["hop_length"]:
+        raise AudioError(f"shorter than one hop: {len(mono)} samples at the model's rate")
     mel = log_mel(mono, **mel_config)[:, : checkpoint["max_width"]]
     probabilities, _ = predict_windows([mel], model, checkpoint, 1)
     names = [c["name"] for c in checkpoint["classes"]]
     return dict(zip(names, probabilities[0].tolist(), strict=True))
+
+
+def run_options(
+    args: argparse.Namespace, checkpoint: dict, gain_db: float, fill_db: float | None
+) -> RunOptions:
+    """What the rows depend on besides the model."""
+    input_dir = str(args.input_dir.resolve())
+    max_width = args.max_width or checkpoint["max_width"]
+    segments = (args.segments, args.window, args.step)
+    return RunOptions(input_dir, max_width, *segments, args.min_confidence, gain_db, fill_db)
+
+
+def hear_windows(
+    path: str, folder: Path, mel_config: dict, options: RunOptions
+) -> list[HeardWindow]:
+    """Up to LEVEL_WINDOWS of a file's windows, evenly spread, that can be read."""
+    with tempfile.TemporaryDirectory() as temporary:
+        windows = list(list_windows([path], folder, options, Path(temporary)))
+        n_windows = min(len(windows), LEVEL_WINDOWS)
+        index = np.linspace(0, len(windows) - 1, n_windows).round().astype(int)
+        heard = [read_window(windows[i], mel_config, options) for i in index]
+    return [clip for clip in heard if not clip.error]
+
+
+def are_loud(levels: Sequence[float]) -> np.ndarray:
+    """Which windows of a recording, by their levels in dB, are no pauses: bool (windows,)."""
+    return np.array(levels) > max(levels) - PAUSE_DB
 
 
 def measure_folder(
@@ -1062,22 +1098,25 @@ def measure_folder(
 ) -> tuple[list[float], list[float]]:
     """Levels of up to LEVEL_FILES files, and how far each lies over its noise, in dB.
 
-    The files are spread evenly; those that cannot be read are left out.
+    The files are spread evenly; those that cannot be read are left out. Of a file in windows, the
+    median over those that are no pauses.
     """
     n_files = min(len(paths), LEVEL_FILES)
     index = np.linspace(0, len(paths) - 1, n_files).round().astype(int)
-    windows = [Window(paths[i], folder / paths[i], 0.0, 1) for i in index]
-    max_width = args.max_width or checkpoint["max_width"]
-    options = RunOptions("", max_width, False, 0.0, 0.0, None, 0.0, None)
-    read = functools.partial(read_window, mel_config=checkpoint["mel_config"], options=options)
+    sample = [paths[i] for i in index]
+    about = {"folder": folder, "mel_config": checkpoint["mel_config"]}
+    about["options"] = run_options(args, checkpoint, gain_db=0.0, fill_db=None)
+    hear = functools.partial(hear_windows, **about)
     levels = []
     distances = []
     with tqdm(total=n_files, desc="Measuring the level", unit="file", leave=False) as bar:
-        for batch, heard in prefetch(windows, read, args.workers, 64):
+        for batch, files in prefetch(sample, hear, args.workers, 64):
             bar.update(len(batch))
-            good = [clip for clip in heard if not clip.error]
-            levels += [clip.level for clip in good]
-            distances += [clip_distance(clip.mel.T) for clip in good]
+            for clips in filter(None, files):
+                is_loud = are_loud([clip.level for clip in clips])
+                loud = list(itertools.compress(clips, is_loud))
+                levels.append(float(np.median([clip.level for clip in loud])))
+                distances.append(float(np.median([clip_distance(clip.mel.T) for clip in loud])))
     return levels, distances
 
 
@@ -1113,6 +1152,8 @@ def choose_gain(levels: list[float], level: dict, adapt: str) -> tuple[float, st
     is_few = len(levels) < MIN_LEVEL_FILES
     found = f"These recordings are {abs(above):.1f} dB {'louder' if above > 0 else 'quieter'} "
     found += "than the training's (median level)"
+    if abs(above) > MAX_GAIN_DB:
+        return 0.0, f"{found}: too far for a gain, left so. Do they begin with silence?"
     if adapt == "on" or not (is_usual or is_few):
         return round(-above, 3), f"{found}: all are taken {-above:+.1f} dB (--adapt {adapt})."
     if is_usual:
@@ -1158,15 +1199,15 @@ def classify(
         for window, clip, p, e in zip(batch, clips, probabilities, embeddings, strict=True):
             shown = None
             if keep_mels and clip.mel is not None:  # the recording as it is
-                shown = thin_out(clip.mel, clip.duration) - np.float32(options.gain_db)
+                shown = thin_out(clip.mel, window.n_windows) - np.float32(options.gain_db)
             facts = (clip.duration, clip.level, clip.error)
             predictions.append(WindowPrediction(window, shown, *facts, p, e))
         yield predictions
 
 
-def thin_out(mel: np.ndarray, duration: float) -> np.ndarray:
-    """What a picture shows of a log-mel: of an hour not every frame, it has no room for them."""
-    return mel[:, :: 1 + int(duration / 60)].copy()
+def thin_out(mel: np.ndarray, n_windows: int) -> np.ndarray:
+    """What a picture shows of a window: of an hour's not every frame, it has no room for them."""
+    return mel[:, :: 1 + n_windows // 40].copy()
 
 
 def result_row(predictions: list[WindowPrediction], checkpoint: dict, options: RunOptions) -> dict:
@@ -1190,7 +1231,8 @@ def result_row(predictions: list[WindowPrediction], checkpoint: dict, options: R
     row |= {name: f"{p:.6f}" for name, p in zip(names, probabilities, strict=True)}
     row |= {"duration_s": f"{good[0].duration:.3f}", "ignored_s": f"{ignored:.3f}"}
     if "level" in checkpoint:
-        level = np.median([p.level for p in good]) - checkpoint["level"]["median"]
+        levels = np.array([p.level for p in good])
+        level = np.median(levels[are_loud(levels)]) - checkpoint["level"]["median"]
         row["level_db"] = f"{level:.2f}"
     if options.min_confidence is not None:
         row["uncertain"] = "yes" if probabilities[top] < options.min_confidence else "no"
@@ -1285,7 +1327,8 @@ def draw_timeline(
     shares = 100 * np.array([p.probabilities for p in predictions])
     size = 4 if len(middle) < 100 else 0
     for i, name in enumerate(names):
-        style = {"color": f"C{i}", "marker": "os^vDXP*"[i % 8], "markersize": size}
+        marker = "os^vDXP*"[(i + i // 8) % 8]
+        style = {"color": f"C{i}", "marker": marker, "markersize": size}
         below.plot(middle, shares[:, i], label=name, **style)
     below.set(xlabel="Time (s); a window stands at its middle", ylabel="Probability (%)")
     below.set_ylim(0, 100)
@@ -1474,7 +1517,7 @@ def write_report(
     if "speaker" not in labelled:  # of a label table; else the names' first field
         stems = labelled.file.map(lambda path: PurePosixPath(path).stem)
         labelled = labelled.assign(speaker=stems.str.split("_").str[0])
-    is_known = labelled.speaker.map(lambda name: clean(name.strip())).isin(speakers)
+    is_known = labelled.speaker.map(lambda name: clean(name.strip()).casefold()).isin(speakers)
     if is_known.any():
         figures += f"\nNot a fair test: {is_known.sum():,} of them "
         figures += "are by speakers that trained this model."
@@ -2026,7 +2069,7 @@ def read_labels(table: Path, names: dict[str, str]) -> dict[str, dict[str, str]]
         true_class = by_word.get(word.lower(), "")
         if not true_class:
             unknown.add(word)
-        path = nfc(row.pop("file").replace("\\", "/"))
+        path = nfc(posixpath.normpath(row.pop("file").replace("\\", "/")))
         if path in labels:
             raise UserError(f"--labels {table}: {path} stands there twice.")
         rest = {f"label_{k}" if k in taken else k: v for k, v in row.items()}
@@ -2424,16 +2467,6 @@ def check_window(args: argparse.Namespace, checkpoint: dict) -> None:
             f"--window {args.window:g} s is longer than --max_width, {max_width} frames "
             f"({longest:.2f} s)."
         )
-
-
-def run_options(
-    args: argparse.Namespace, checkpoint: dict, gain_db: float, fill_db: float | None
-) -> RunOptions:
-    """What the rows depend on besides the model."""
-    input_dir = str(args.input_dir.resolve())
-    max_width = args.max_width or checkpoint["max_width"]
-    segments = (args.segments, args.window, args.step)
-    return RunOptions(input_dir, max_width, *segments, args.min_confidence, gain_db, fill_db)
 
 
 def report_folder(

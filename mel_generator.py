@@ -29,6 +29,7 @@ import mmap
 import multiprocessing
 import os
 import platform
+import posixpath
 import re
 import reprlib
 import secrets
@@ -768,7 +769,8 @@ def read_label_table(table: Path) -> dict[str, dict[str, str]]:
         raise UserError(
             f"--labels {table} must be a CSV with the columns file,emotion; found: {found}"
         )
-    paths = [unicodedata.normalize("NFC", row["file"].replace("\\", "/")) for row in rows]
+    paths = [posixpath.normpath(row["file"].replace("\\", "/")) for row in rows]
+    paths = [unicodedata.normalize("NFC", path) for path in paths]
     [(path, n)] = Counter(paths).most_common(1)
     if n > 1:
         raise UserError(f"--labels {table}: {path} stands there {n} times.")

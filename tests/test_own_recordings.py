@@ -164,7 +164,7 @@ def test_codes_names_cases_backslashes_and_accents_are_understood(corpus, tmp_pa
         shutil.copy(source, tmp_path / name)
     rows = [
         {"file": "a\\b.wav", "emotion": "sad"},
-        {"file": "a/c.wav", "emotion": "HAPPY"},
+        {"file": "./a//c.wav", "emotion": "HAPPY"},
         {"file": "d.wav", "emotion": " Neu "},
         {"file": decomposed, "emotion": "fea"},
     ]
@@ -246,6 +246,18 @@ def test_clips_without_a_speaker_are_by_unknown_and_not_split_by_actor(mine, tmp
     assert 'SPLIT = "clip"' in text
     assert not list(tmp_path.rglob("*.pth"))
     train(tmp_path, tmp_path / "mels", SPLIT="clip", EPOCHS=1)
+
+
+def test_a_speaker_that_is_written_in_two_ways_does_not_train(mels, tmp_path):
+    """Anna and anna: half of her would train, half test."""
+    shutil.copytree(mels, tmp_path / "mels")
+    for path in list(tmp_path.glob("mels/SAD/1001_*")):
+        path.rename(path.with_name(path.name.replace("1001_", "Anna_")))
+    for path in list(tmp_path.glob("mels/HAP/1001_*")):
+        path.rename(path.with_name(path.name.replace("1001_", "anna_")))
+    text = train(tmp_path, tmp_path / "mels", code=1)
+    assert "has the speakers Anna, anna" in text or "has the speakers anna, Anna" in text
+    assert not list(tmp_path.rglob("*.pth"))
 
 
 def test_cells_that_a_spreadsheet_would_run_are_read_back(corpus, model, tmp_path):
@@ -475,6 +487,28 @@ def test_a_gain_keeps_loud_files_louder_than_quiet_ones():
     assert tester.choose_gain([-2.5] * 20, level, "on")[0] == -7.5
     assert tester.choose_gain([-18.5] * 20, level, "auto")[0] == 8.5
     assert tester.choose_gain([], level, "on")[0] == 0.0
+    assert tester.choose_gain([29.0] * 20, level, "on")[0] == -39.0
+    for adapt in ("auto", "on"):  # so far is no gain: silence, say
+        gain, note = tester.choose_gain([-51.0] * 20, level, adapt)
+        assert gain == 0
+        assert "too far for a gain" in note
+
+
+def test_pauses_of_a_long_recording_do_not_raise_its_gain(corpus, model, tmp_path):
+    """Faint noise for the first 8 of 20 s: the level is that of the windows with a voice."""
+    voice = [soundfile.read(path, dtype="float32")[0] for path, _, _ in clips_of(corpus)]
+    voice = np.concatenate(voice)[: 12 * 16000]
+    noise = np.float32(1e-5) * np.random.default_rng(0).standard_normal(8 * 16000, np.float32)
+    rows = {}
+    for name, parts in (("alone", [voice]), ("late", [noise, voice])):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "a.wav", np.concatenate(parts), 16000, "FLOAT")
+        options = ("--segments", "--adapt", "on")
+        classify(tmp_path / name, model, tmp_path / f"{name}_out", *options)
+        rows[name] = read_table(tmp_path / f"{name}_out/classification_results.csv")[0]
+    assert gain_of(tmp_path / "late_out") == pytest.approx(gain_of(tmp_path / "alone_out"), abs=1)
+    levels = [float(rows[name]["level_db"]) for name in ("alone", "late")]
+    assert levels[1] == pytest.approx(levels[0], abs=1)
 
 
 def test_the_level_is_that_of_files_spread_evenly_over_the_folder(monkeypatch, model, corpus):
@@ -571,6 +605,24 @@ def test_a_clip_is_filled_with_the_noise_that_it_lacks():
     state = torch.get_rng_state()
     assert torch.equal(tester.fill_floor(mel, torch.full((3,), -60.0)), heard)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_band_that_is_always_empty_is_not_filled(model):
+    """A mel band without an STFT bin holds no noise, whatever the folder's level."""
+    network, checkpoint = tester.load_model(model, CPU)
+    n_mels = checkpoint["mel_config"]["n_mels"]
+    checkpoint["floor"] = [-100.0] + [-40.0] * (n_mels - 1)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tester, "normalize", lambda mel, _: seen.append(mel) or mel)
+        mel = np.full((n_mels, 50), -100.0, np.float32)
+        mel[:, :25] = -30.0
+        mel[0] = -100.0
+        tester.predict_windows([mel], network, checkpoint, 1, fill_db=15.0)
+    empty = 10 * (10 ** (seen[0][:, 0] / 10)).mean().log10()
+    assert empty == pytest.approx(-98.2, abs=1)  # in half of the frames twice -100 dB
+    silence = 10 * (10 ** (seen[0][25:, 1:] / 10)).mean().log10()
+    assert silence == pytest.approx(-25, abs=1)
 
 
 def test_what_lies_too_far_over_its_noise_is_filled():
@@ -748,19 +800,20 @@ def test_an_array_gets_the_command_lines_answer(corpus, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("samples", "reason"),
+    ("samples", "rate", "reason"),
     [
-        (np.zeros(16000), "silent"),
-        (np.zeros(0), "empty"),
-        (np.linspace(-1, 1, 100), "shorter than one hop"),
-        (np.full(16000, np.nan), "not finite"),
-        (np.arange(16000), "beyond full scale"),
+        (np.zeros(16000), 16000, "silent"),
+        (np.full(44100, 0.3), 44100, "silent"),  # resampled it rings
+        (np.zeros(0), 16000, "empty"),
+        (np.linspace(-1, 1, 100), 16000, "shorter than one hop"),
+        (np.full(16000, np.nan), 16000, "not finite"),
+        (np.arange(16000), 16000, "beyond full scale"),
     ],
 )
-def test_an_array_that_holds_nothing_to_classify_is_refused_in_words(model, samples, reason):
+def test_an_array_that_holds_nothing_to_classify_is_refused_in_words(model, samples, rate, reason):
     network, checkpoint = tester.load_model(model, CPU)
     with pytest.raises(tester.AudioError, match=reason):
-        tester.predict(network, checkpoint, samples, 16000)
+        tester.predict(network, checkpoint, samples, rate)
 
 
 def test_readmes_python_lines_run(corpus, model, tmp_path, monkeypatch):
@@ -880,6 +933,19 @@ def test_speakers_that_the_model_knows_do_not_validate_or_test(mels, trained, mo
     trainer.write_csv(tmp_path / "split.csv", ("stem", "split"), table)
     constants = TOY | FINE | {"START_FROM": str(model), "SPLIT": str(tmp_path / "split.csv")}
     train(tmp_path, mels, toy=constants)
+
+
+def test_add_floor_that_the_model_to_fine_tune_decides_is_told(model, mels, tmp_path):
+    checkpoint = torch.load(model, weights_only=True)
+    checkpoint["speakers"] = {"train": [], "val": []}
+    constants = TOY | FINE | {"START_FROM": str(tmp_path / "start.pth"), "EPOCHS": 1}
+    told = {}
+    for name in ("with", "without"):
+        torch.save(checkpoint, tmp_path / "start.pth")
+        told[name] = train(tmp_path / name, mels, toy=constants)
+        checkpoint["normalization"].pop("floor", None)
+    assert "ADD_FLOOR does nothing" not in told["with"]
+    assert "ADD_FLOOR does nothing: START_FROM's model was trained with no floor" in told["without"]
 
 
 @pytest.mark.parametrize(

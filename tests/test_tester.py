@@ -199,6 +199,11 @@ def test_voices_of_the_training_are_told(corpus, trained, model, unheard, tmp_pa
     assert "Not a fair test" in (tmp_path / "classification_report.txt").read_text()
     assert "Not a fair test" not in classify(unheard, model, tmp_path)
     checkpoint = torch.load(model, weights_only=True)
+    folder = tmp_path / "case"
+    folder.mkdir()
+    shutil.copy(next(unheard.iterdir()), folder / "anna_DFA_ANG_XX.wav")
+    torch.save(checkpoint | {"speakers": {"train": ["Anna"]}}, tmp_path / "anna.pth")
+    assert "Not a fair test: 1 of" in classify(folder, tmp_path / "anna.pth", tmp_path / "out")
     for part in ("train", "val"):
         names = checkpoint["speakers"][part]
         only = {"train": [], "val": []} | {part: names}
@@ -1286,6 +1291,19 @@ def test_a_picture_is_drawn_where_no_folder_can_be_written(as_nobody, tmp_path):
         done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert Path(folder, "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_a_recording_that_is_cut_shows_all_that_was_heard(model, tmp_path):
+    """Not every second frame of it, as if the whole minute had to fit."""
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, 130 * 16000)
+    soundfile.write(tmp_path / "a.wav", noise, 16000)
+    network, checkpoint = tester.load_model(model, torch.device("cpu"))
+    paths = ("--input_dir", str(tmp_path), "--output_dir", "x", "--model_path", str(model))
+    args = tester.parse_args(paths)
+    options = tester.run_options(args, checkpoint, 0.0, None)
+    windows = tester.list_windows(["a.wav"], tmp_path, options, tmp_path)
+    [[prediction]] = tester.classify(windows, network, checkpoint, options, args, keep_mels=True)
+    assert prediction.mel.shape[1] == checkpoint["max_width"]
 
 
 def test_a_moment_of_sound_in_an_hour_is_in_the_picture(tmp_path):
