@@ -1213,12 +1213,13 @@ def thin_out(mel: np.ndarray, n_windows: int) -> np.ndarray:
 def result_row(predictions: list[WindowPrediction], checkpoint: dict, options: RunOptions) -> dict:
     """A file's row of classification_results.csv: the mean over its windows.
 
-    A window of silence in a recording with sound is a pause, other damage the file's error.
+    Of a recording with sound, a window of silence is a pause, and one without samples lies past an
+    end that the header told wrongly (some MP3); other damage is the file's error.
     """
     row: dict = {"file": predictions[0].window.path}
     good = [p for p in predictions if not p.error]
     errors = [p.error for p in predictions if p.error]
-    if damage := [e for e in errors if not (good and e.startswith("silent"))]:
+    if damage := [e for e in errors if not (good and e.startswith(("silent", "empty")))]:
         return row | {"error": damage[0]}
     probabilities = np.mean([p.probabilities for p in good], axis=0)
     top = int(probabilities.argmax())

@@ -915,6 +915,22 @@ def speech(corpus, tmp_path_factory):
     return folder
 
 
+def test_a_window_past_the_end_that_a_header_told_wrongly_does_not_fail_its_file(model):
+    _, checkpoint = tester.load_model(model, torch.device("cpu"))
+    options = tester.RunOptions("in", 191, True, 3.0, 1.5, None, 0.0, None)
+    shares = np.array([0.5, 0.1, 0.1, 0.1, 0.1, 0.1])
+    predictions = []
+    for start_s, error in ((0.0, ""), (1.5, "empty: a sound file without samples")):
+        window = tester.Window("a.mp3", Path("a.mp3"), start_s, 2)
+        about = (4.5, 0.0, error, shares if not error else np.full(6, np.nan), np.zeros(8))
+        predictions.append(tester.WindowPrediction(window, None, *about))
+    row = tester.result_row(predictions, checkpoint, options)
+    assert row["predicted_code"] == "ANG"
+    assert tester.result_row(predictions[1:], checkpoint, options)["error"].startswith("empty")
+    predictions[1] = predictions[1]._replace(error="unreadable: damaged")
+    assert tester.result_row(predictions, checkpoint, options)["error"] == "unreadable: damaged"
+
+
 def test_segments_are_the_windows_classified_alone(speech, model, tmp_path):
     options = ("--segments", "--visualize", "--cpu", "--workers", 1)
     classify(speech, model, tmp_path / "out", *options)
