@@ -1070,10 +1070,16 @@ def run_options(
     args: argparse.Namespace, checkpoint: dict, gain_db: float, fill_db: float | None
 ) -> RunOptions:
     """What the rows depend on besides the model."""
-    input_dir = str(args.input_dir.resolve())
-    max_width = args.max_width or checkpoint["max_width"]
-    segments = (args.segments, args.window, args.step)
-    return RunOptions(input_dir, max_width, *segments, args.min_confidence, gain_db, fill_db)
+    return RunOptions(
+        input_dir=str(args.input_dir.resolve()),
+        max_width=args.max_width or checkpoint["max_width"],
+        segments=args.segments,
+        window=args.window,
+        step=args.step,
+        min_confidence=args.min_confidence,
+        gain_db=gain_db,
+        fill_db=fill_db,
+    )
 
 
 def hear_windows(
@@ -1200,8 +1206,10 @@ def classify(
             shown = None
             if keep_mels and clip.mel is not None:  # the recording as it is
                 shown = thin_out(clip.mel, window.n_windows) - np.float32(options.gain_db)
-            facts = (clip.duration, clip.level, clip.error)
-            predictions.append(WindowPrediction(window, shown, *facts, p, e))
+            prediction = WindowPrediction(
+                window, shown, clip.duration, clip.level, clip.error, p, e
+            )
+            predictions.append(prediction)
         yield predictions
 
 
@@ -2313,9 +2321,9 @@ def classify_all(
         if options.segments and is_good:
             rows["segments"] += [segment_row(p, checkpoint, options) for p in predictions]
         if any(p.mel is not None for p in predictions):
-            where = (pool, args.output_dir)
             note = title_note(row, labels)
-            pictures.append(submit_picture(*where, predictions, checkpoint, options, note))
+            picture = submit_picture(pool, args.output_dir, predictions, checkpoint, options, note)
+            pictures.append(picture)
         if max(map(len, rows.values())) >= BATCHES_AHEAD * args.batch_size:
             write_batch(results, rows, pictures)
     write_batch(results, rows, pictures)
@@ -2516,10 +2524,10 @@ def classify_folder(args: argparse.Namespace) -> int:
         paths = sorted(path for path in [*found, *closed] if in_shard(path, args.shard))
         n_files = count(len(paths), "file")
         print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {n_files}.")
-        *adaptation, level_note = adapt_to_training(found, folder, checkpoint, args)
+        gain_db, fill_db, level_note = adapt_to_training(found, folder, checkpoint, args)
         if level_note:
             print(level_note)
-        options = run_options(args, checkpoint, *adaptation)
+        options = run_options(args, checkpoint, gain_db, fill_db)
         tables = shard_folder(args.output_dir, args.shard)
         tables.mkdir(parents=True, exist_ok=True)
         with folder_lock(tables):
