@@ -1048,7 +1048,7 @@ def stand_in_ffmpeg(tmp_path, monkeypatch):
         'while [ "$1" != -i ]; do shift; done\n'
         "from=$2\n"
         "for to; do :; done\n"
-        'echo "[info]   Duration: 00:00:12.50, start: 0.0" >&2\n'
+        'echo "[info]   Duration: 00:10:00.00, start: 0.0" >&2\n'
         'cp "$from" "$to"\n'
     )
     script.chmod(0o755)
@@ -1100,7 +1100,7 @@ def test_a_phones_recording_is_decoded_as_far_as_it_is_heard(
     assert len(calls) == 2
     seconds = [float(re.search(r"-t (\S+)", call)[1]) for call in calls]
     assert max(seconds) < 191 * 512 / RATE + 1
-    assert {row["duration_s"] for row in results(tmp_path / "out")} == {"12.500"}
+    assert {row["duration_s"] for row in results(tmp_path / "out")} == {"600.000"}
     assert not list((tmp_path / "temporary").iterdir())
 
 
