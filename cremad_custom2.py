@@ -6,8 +6,8 @@ Edit the constants below, then
 
 On a laptop without a GPU, EPOCHS = 5 gives a first look. Writes, in OUTPUT_DIR:
 
-    best_model.pth           for custom2_tester.py: the epoch of best validation accuracy, or the
-                             latest that is as good within one standard error
+    best_model.pth           for custom2_tester.py: the latest epoch whose validation accuracy is
+                             within one standard error of the best
     last_checkpoint.pth      after every epoch: set RESUME = True and run again to go on from it
     history.csv              losses, accuracies, learning rate, seconds of every epoch
     training_history.png, confusion_matrix.png, classification_report.txt

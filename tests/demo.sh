@@ -7,7 +7,7 @@ out=demo_output
 rm -rf "$out"
 mkdir "$out"
 
-echo "== 1 of 5: a dozen synthetic voices, answered by the trained model that comes with the project"
+echo "== 1 of 5: a dozen synthetic clips, answered by the trained model that comes with the project"
 "$python" tests/tools/synthetic_corpus.py --output_dir "$out/dozen" --actors 2 --takes 1
 "$python" custom2_tester.py --input_dir "$out/dozen" --output_dir "$out/answers" --visualize
 
