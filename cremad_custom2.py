@@ -1443,12 +1443,7 @@ def write_test_report(output_dir: Path, table: pd.DataFrame, metrics: dict) -> N
 
 
 def report_training(
-    output_dir: Path,
-    data: Spectrograms,
-    clips: pd.DataFrame,
-    state: TrainState,
-    config: dict,
-    started: float,
+    output_dir: Path, data: Spectrograms, clips: pd.DataFrame, state: TrainState, config: dict
 ) -> None:
     """Figures, predictions and pictures of best_model.pth, read back from its file."""
     model, checkpoint = read_best_model(output_dir / "best_model.pth", state.device)
@@ -1472,7 +1467,7 @@ def report_training(
         "temperature": temperature,
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "n_training_spectrograms": len(data.indices["train"]),
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(sum(row["seconds"] for row in state.history), 1),
         "most_confident_mistakes": most_confident_mistakes(table),
     }
     write_test_report(output_dir, table, metrics)
@@ -1480,12 +1475,21 @@ def report_training(
     packages = ("matplotlib", "numpy", "pandas", "scikit-learn", "seaborn", "torch")
     details = {"constants": config, "device": str(state.device), "seconds": metrics["seconds"]}
     write_run_record(output_dir / "run.json", packages, details)
-    print_summary(output_dir, metrics)
+    print_summary(output_dir, metrics, shared_speakers(clips))
+
+
+def shared_speakers(clips: pd.DataFrame) -> list[str]:
+    """Speakers of whom some clips train and others validate or test."""
+    is_train = clips.split == "train"
+    return sorted({*clips.actor[is_train]} & {*clips.actor[~is_train]} - {"unknown"})
 
 
 def training_notes(clips: pd.DataFrame, data: Spectrograms) -> list[str]:
     """What makes the figures worth less: few people, absent emotions, few steps, cut clips."""
     notes = []
+    if shared := shared_speakers(clips):
+        speakers = count(len(shared), "speaker")
+        notes.append(f"clips of {speakers} train, others of theirs validate or test: optimistic.")
     for part, index in data.indices.items():
         counts = data.label[index].bincount(minlength=len(EMOTIONS))
         if absent := [code for code, n in zip(EMOTIONS, counts, strict=True) if not n]:
@@ -1549,12 +1553,12 @@ def print_epoch(row: dict, is_kept: bool, seconds: float) -> None:
     )
 
 
-def print_summary(output_dir: Path, metrics: dict) -> None:
+def print_summary(output_dir: Path, metrics: dict, shared: list[str]) -> None:
     """The closing lines: figures of best_model.pth, and where everything is."""
     minutes = metrics["seconds"] / 60
     print(
-        f"\nEpoch {metrics['best_epoch']} of {metrics['epochs']} kept, {minutes:.1f} minutes. "
-        "Clips that were not trained on:"
+        f"\nEpoch {metrics['best_epoch']} of {metrics['epochs']} kept, {minutes:.1f} minutes of "
+        "training. Clips that were not trained on:"
     )
     rows = []
     for part in ("val", "test"):
@@ -1565,8 +1569,8 @@ def print_summary(output_dir: Path, metrics: dict) -> None:
     if metrics["test"]["uar_ci95"]:
         low, high = metrics["test"]["uar_ci95"]
         print(f"Test UAR, 95 % interval over actors: {100 * low:.1f} to {100 * high:.1f} %")
-    if SPLIT == "clip":
-        print('SPLIT = "clip" has the same voices in training and test: optimistic for others.')
+    if SPLIT == "clip" or shared:
+        print(f"SPLIT = {SPLIT!r} has the same voices in training and test: optimistic for others.")
     print(f"Files: {output_dir}")
     print(
         "Next:  python custom2_tester.py --input_dir RECORDINGS --output_dir results "
@@ -1833,9 +1837,9 @@ def training_config(
     """Constants, mel settings, speakers, hashes of split and data: what a resumed run shares."""
     split = clips[["stem", "variant", "split"]].to_csv(index=False, lineterminator="\n")
     split_bytes = split.encode("utf-8", "surrogateescape")
-    rounded = {  # last digits differ between machines
-        name: [round(x, 6) for x in values] for name, values in data.measured.items()
-    }
+    bands = [*data.measured.values(), *data.normalization.values()]
+    # Rounded: machines differ in the ninth digit.
+    rounded = [[round(x, 3) for x in values] for values in bands]
     speakers = {}
     for part in ("train", "val"):
         earlier = start["speakers"].get(part, []) if start else []
@@ -2011,7 +2015,6 @@ def fail(message: str, status: int = 1) -> int:
 
 def train_model() -> int:
     """Reads, splits, trains, reports."""
-    started = time.perf_counter()
     check_constants()
     device = pick_device()
     join_processes(device)
@@ -2038,7 +2041,7 @@ def train_model() -> int:
         print_setup(clips, data, state, config)
         fit(state, data, clips, config)
         if RANK == 0:
-            report_training(output_dir, data, clips, state, config, started)
+            report_training(output_dir, data, clips, state, config)
     leave_processes()
     return 0
 

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import re
+import subprocess
 import sys
 from pathlib import PurePosixPath
 
@@ -44,6 +45,7 @@ def main_of(monkeypatch, capsys, tool, *arguments):
         ("emodb", "03a01Xa.wav", None),
         ("tess", "OAF_back_angry.wav", ("Angry", "tess-OAF")),
         ("tess", "TESS/YAF_ps/YAF_back_ps.wav", ("surprise", "tess-YAF")),
+        ("tess", "OAF_neutral/OA_bite_neutral.wav", ("Neutral", "tess-OAF")),  # as released
         ("tess", "YAF_calm.wav", None),
         ("savee", "DC_a01.wav", ("Angry", "savee-DC")),
         ("savee", "AudioData/KL/sa15.wav", ("Sad", "savee-KL")),
@@ -230,3 +232,74 @@ def test_actors_that_the_table_does_not_know_are_a_group_of_their_own(tables, mo
     lines = group_lines(main_of(monkeypatch, capsys, "groups", *paths))
     assert lines["sex", "unknown"][2:] == ["4", "32"]
     assert lines["all", ""][2:] == ["8", "64"]
+
+
+# --------------------------------------------------------------------------------------
+# cross_validate.py, fine_tuning.py, robustness.py
+
+
+def test_each_actor_is_tested_once_and_stands_in_one_part():
+    tool = importlib.import_module("cross_validate")
+    actors = [f"10{i:02}" for i in range(20) for _ in range(1 + i % 3)]
+    clips = pd.DataFrame({"stem": [f"{a}_{i}" for i, a in enumerate(actors)], "actor": actors})
+    tested = []
+    for fold in range(5):
+        table = tool.assign(clips, 5, fold)
+        parts = {name: set(part.actor) for name, part in table.groupby("split")}
+        assert sum(map(len, parts.values())) == 20
+        assert len(parts["val"]) == 2
+        tested += sorted(parts["test"])
+    assert sorted(tested) == sorted(set(actors))
+
+
+@pytest.fixture
+def training(monkeypatch, tmp_path):
+    """train_once with a stand-in for the trainer: a list of the scripts that ran."""
+    tool = importlib.import_module("editing")
+    ran = []
+
+    def run(command):
+        ran.append(command[1])
+        (command[1].parent / "metrics.json").write_text(f'{{"run": {len(ran)}}}')
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
+
+    def train(split="train", **constants):
+        table = pd.DataFrame({"stem": ["a"], "split": [split]})
+        return tool.train_once(tmp_path / "fold", tmp_path / "mels", table, constants)["run"]
+
+    return train, ran
+
+
+def test_a_finished_training_is_found_again(training, tmp_path):
+    train, ran = training
+    assert train(EPOCHS=3) == train(EPOCHS=3) == 1
+    text = ran[0].read_text(encoding="utf-8")
+    for line in ("EPOCHS = 3", "RESUME = True", f"SPLIT = {str(tmp_path / 'fold/fold.csv')!r}"):
+        assert re.search(f"^{re.escape(line)}", text, re.MULTILINE), line
+    assert (tmp_path / "fold/fold.csv").read_text() == "stem,split\na,train\n"
+
+
+def test_another_training_in_the_folder_is_refused_and_stays(training, tmp_path):
+    train, ran = training
+    train(EPOCHS=3)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "fold").iterdir()}
+    with pytest.raises(SystemExit, match=r"cremad_custom2.py is of another training"):
+        train(EPOCHS=4)
+    with pytest.raises(SystemExit, match=r"fold.csv is of another training"):
+        train("test", EPOCHS=3)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "fold").iterdir()} == before
+    assert len(ran) == 1
+
+
+def test_a_table_of_another_model_is_not_taken_for_this_ones(corpus, trained, tmp_path):
+    tool = importlib.import_module("robustness")
+    model = trained / "best_model.pth"
+    results = tmp_path / "out/classification_results.csv"
+    assert not tool.is_by(model, results)
+    [clip] = sorted(corpus.iterdir())[:1]
+    classify(clip, model, tmp_path / "out")
+    assert tool.is_by(model, results)
+    (tmp_path / "other.pth").write_bytes(model.read_bytes() + b"\0")
+    assert not tool.is_by(tmp_path / "other.pth", results)

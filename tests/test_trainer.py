@@ -1168,6 +1168,9 @@ def test_a_resumed_run_is_the_unbroken_run(mels, whole, tmp_path):
     assert read_history(output) == read_history(whole)
     for name in ("last_checkpoint.pth", "best_model.pth"):
         assert not differences(load(output / name), load(whole / name))
+    seconds = [float(row["seconds"]) for row in read_table(output / "history.csv")]
+    told = json.loads((output / "metrics.json").read_text())["seconds"]
+    assert told == pytest.approx(sum(seconds), abs=0.06), "the epochs before the stop count too"
     assert not list(output.glob("earlier_*"))
     text = train(tmp_path, mels, toy=toy, RESUME=True, DROPOUT=0.5, SEED=1, code=1)
     assert "DROPOUT was 0.3, now 0.5" in text
@@ -1178,6 +1181,21 @@ def test_a_resumed_run_is_the_unbroken_run(mels, whole, tmp_path):
     text = train(tmp_path, tmp_path / "mels", toy=toy, RESUME=True, EPOCHS=6, code=1)
     assert "DATA_SHA256 was" in text
     assert read_history(output) == read_history(whole)
+
+
+def test_what_the_network_sees_must_not_change_in_a_resumed_run(constants):
+    """The training clips, and the normalisation, which START_FROM's file may bring."""
+    clips = pd.DataFrame({"stem": ["a"], "variant": ["original"], "split": ["train"], "actor": "x"})
+    bands = {"mean": [1.0, 2.0], "std": [3.0, 4.0]}
+
+    def digest(measured=bands, normalization=bands):
+        data = types.SimpleNamespace(measured=measured, normalization=normalization)
+        return trainer.training_config(clips, {}, data, None)["DATA_SHA256"]
+
+    other = bands | {"mean": [1.0, 2.1]}
+    assert len({digest(), digest(measured=other), digest(normalization=other)}) == 3
+    assert digest() != digest(normalization=bands | {"floor": [0.0, 0.0]})
+    assert digest() == digest(bands | {"mean": [1.0 + 4e-9, 2.0]}), "another machine's last digits"
 
 
 def edit_checkpoint(path, **values):
@@ -1385,8 +1403,22 @@ def test_what_makes_figures_worth_less_is_told(mels, tmp_path):
     assert re.search("5 steps of BATCH_SIZE 16", text)
     assert "hears all" not in text, "nothing was cut"
     assert "original" not in text, "a finished corpus is called unfinished"
+    assert "optimistic" not in text
+
+
+def test_voices_on_both_sides_are_told(mels, tmp_path):
+    """By clip, and where that split is given back as a table."""
     text = train(tmp_path, mels, toy=QUICK, SPLIT="clip")
-    assert "optimistic" in text
+    assert "the same voices in training and test: optimistic" in text
+    shutil.copy(tmp_path / "output/split.csv", tmp_path / "given.csv")
+    text = train(tmp_path / "again", mels, toy=QUICK, SPLIT=str(tmp_path / "given.csv"))
+    assert re.search(r"Note: clips of \d speakers train, others of theirs validate or test", text)
+    assert "given.csv' has the same voices in training and test: optimistic" in text
+    clips = pd.DataFrame(
+        {"actor": ["a", "a", "b", "c"], "split": ["train", "val", "train", "test"]}
+    )
+    assert trainer.shared_speakers(clips) == ["a"]
+    assert trainer.shared_speakers(clips.assign(actor="unknown")) == []
 
 
 def test_clips_over_max_width_are_told_with_the_width_that_hears_all(mels, tmp_path):

@@ -16,15 +16,13 @@ Run again, it goes on where it stopped.
 
 import argparse
 import ast
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from editing import ROOT, edited_trainer
+from editing import ROOT, train_once
 from sklearn.model_selection import GroupKFold
 from tabulate import tabulate
 
@@ -50,31 +48,6 @@ def assign(clips: pd.DataFrame, n_folds: int, fold: int) -> pd.DataFrame:
     parts = dict.fromkeys(others, "train")
     parts |= dict.fromkeys(val_actors, "val") | dict.fromkeys(test_actors, "test")
     return clips.assign(split=clips.actor.map(parts))
-
-
-def train(
-    folder: Path, mel_dir: Path, table: pd.DataFrame, seed: int, constants: dict[str, Any]
-) -> dict[str, Any]:
-    """Trains in a folder, or goes on, or finds it done; returns what metrics.json holds."""
-    folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not split.csv: that is the trainer's own, which it would move out of its way.
-    table[["stem", "split"]].to_csv(folder / "fold.csv", index=False)
-    paths = {"MEL_DIR": mel_dir.resolve(), "OUTPUT_DIR": folder, "SPLIT": folder / "fold.csv"}
-    texts = {name: str(path) for name, path in paths.items()}
-    script = folder / "cremad_custom2.py"
-    before = script.read_text() if script.exists() else None
-    edited_trainer(folder, **texts | {"SEED": seed, "RESUME": True} | constants)
-    if before not in (None, script.read_text()):
-        script.write_text(before)
-        sys.exit(
-            f"{script} is not the trainer as it stands, with these constants: name another "
-            "--output_dir."
-        )
-    metrics = folder / "metrics.json"
-    if not metrics.exists() and subprocess.run([sys.executable, script]).returncode:
-        sys.exit(f"The training in {folder} stopped: see above. The same command goes on there.")
-    return json.loads(metrics.read_text())
 
 
 def parse_constant(text: str) -> tuple[str, Any]:
@@ -138,7 +111,7 @@ def main() -> None:
             folders.append(folder)
             print(f"\nFold {fold}, seed {seed}: {folder}", flush=True)
             table = assign(clips, args.folds, fold)
-            metrics = train(folder, args.mel_dir, table, seed, dict(args.set))
+            metrics = train_once(folder, args.mel_dir, table, {"SEED": seed} | dict(args.set))
             rows.append(figures_row(fold, seed, metrics))
             summarize(rows, args.output_dir)
     plot_all(folders, args.output_dir / "confusion_matrix.png")

@@ -10,15 +10,12 @@ Run again, it goes on where it stopped. --set: other constants, for all training
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from cross_validate import original_clips, parse_constant
-from editing import edited_trainer
+from editing import train_once
 from tabulate import tabulate
 
 N_BASE = 20
@@ -30,22 +27,10 @@ RECIPES = {  # constants that differ from the defaults; START_FROM is added wher
 }
 
 
-def write_split(path: Path, clips: pd.DataFrame, parts: dict[str, list[str]]) -> None:
-    """A CSV for SPLIT: the clips of the actors of each part."""
+def make_split(clips: pd.DataFrame, parts: dict[str, list[str]]) -> pd.DataFrame:
+    """The clips of the actors of each part, with the column split."""
     part_of = {actor: part for part, actors in parts.items() for actor in actors}
-    table = clips.assign(split=clips.actor.map(part_of)).dropna()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table[["stem", "split"]].to_csv(path, index=False)
-
-
-def train(folder: Path, constants: dict) -> dict:
-    """Trains in a folder, or finds it done; returns metrics.json."""
-    metrics = folder / "output" / "metrics.json"
-    paths = {"OUTPUT_DIR": str(folder / "output"), "SPLIT": str(folder / "split.csv")}
-    script = edited_trainer(folder, **paths | {"RESUME": True} | constants)
-    if not metrics.exists() and subprocess.run([sys.executable, script]).returncode:
-        sys.exit(f"The training in {folder} stopped: see above. The same command goes on there.")
-    return json.loads(metrics.read_text())
+    return clips.assign(split=clips.actor.map(part_of)).dropna()
 
 
 def main() -> None:
@@ -58,11 +43,11 @@ def main() -> None:
     args = parser.parse_args()
     clips = original_clips(args.mel_dir)
     output_dir = args.output_dir.resolve()
-    common = {"MEL_DIR": str(args.mel_dir.resolve())} | dict(args.set)
+    others = dict(args.set)
     order = np.random.default_rng(0).permutation(sorted(set(clips.actor))).tolist()
     base = {"test": order[:1], "val": order[1:3], "train": order[3:N_BASE]}
-    write_split(output_dir / "base" / "split.csv", clips, base)
-    base_uar = train(output_dir / "base", common)["test"]["uar"]
+    table = make_split(clips, base)
+    base_uar = train_once(output_dir / "base", args.mel_dir, table, others)["test"]["uar"]
     print(f"The base: UAR {100 * base_uar:.1f} % on its one test actor.")
     rows = []
     for draw in range(N_DRAWS):
@@ -70,10 +55,10 @@ def main() -> None:
         parts = {"train": actors[:2], "val": actors[2:3], "test": actors[3:]}
         for recipe, constants in RECIPES.items():
             folder = output_dir / f"draw{draw}" / recipe.replace(", ", "_").replace(" ", "_")
-            write_split(folder / "split.csv", clips, parts)
-            start = {"START_FROM": str(output_dir / "base" / "output" / "best_model.pth")}
+            start = {"START_FROM": str(output_dir / "base" / "best_model.pth")}
             start = start if recipe.startswith("fine-tuned") else {}
-            metrics = train(folder, common | {"BATCH_SIZE": 32} | constants | start)
+            constants = {"BATCH_SIZE": 32} | constants | start | others
+            metrics = train_once(folder, args.mel_dir, make_split(clips, parts), constants)
             rows.append({"draw": draw, "recipe": recipe, "uar": 100 * metrics["test"]["uar"]})
             pd.DataFrame(rows).to_csv(output_dir / "results.csv", index=False)
     table = pd.DataFrame(rows).pivot(index="draw", columns="recipe", values="uar")[[*RECIPES]]

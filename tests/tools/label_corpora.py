@@ -58,7 +58,8 @@ def tess(path: PurePosixPath) -> tuple[str, str] | None:
     fields = path.stem.split("_")
     if len(fields) < 3 or fields[-1].lower() not in TESS:
         return None
-    return TESS[fields[-1].lower()], f"tess-{fields[0]}"
+    speaker = "OAF" if fields[0] == "OA" else fields[0]  # OA_bite_neutral.wav, as released
+    return TESS[fields[-1].lower()], f"tess-{speaker}"
 
 
 def savee(path: PurePosixPath) -> tuple[str, str] | None:

@@ -11,6 +11,8 @@ figures. Writes robustness.csv and robustness.png. Run again, it goes on where i
 """
 
 import argparse
+import hashlib
+import json
 import subprocess
 import sys
 import zlib
@@ -169,6 +171,15 @@ def classify(clips: Path, model: Path, output_dir: Path, adapt: str) -> None:
         sys.exit(f"The tester left no table in {output_dir}: see above.")
 
 
+def is_by(model: Path, results: Path) -> bool:
+    """Whether a table is there, and of this model."""
+    note = results.with_name("run.json")
+    if not (results.exists() and note.exists()):
+        return False
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    return json.loads(note.read_text(encoding="utf-8"))["model_sha256"] == digest
+
+
 def main() -> None:
     """Runs the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -179,15 +190,16 @@ def main() -> None:
     add("--output_dir", type=Path, required=True)
     args = parser.parse_args()
     paths = test_clips(args.clips, args.trained)
+    model = args.trained / "best_model.pth"
     rows = []
     for condition in CONDITIONS:
         folder = args.output_dir / condition.replace(" ", "_")
         results = {a: folder / f"adapt_{a}/classification_results.csv" for a in ("off", "auto")}
-        if not all(path.exists() for path in results.values()):
+        if not all(is_by(model, path) for path in results.values()):
             distort(paths, folder / "clips", condition)
         for adapt, path in results.items():
-            if not path.exists():
-                classify(folder / "clips", args.trained / "best_model.pth", path.parent, adapt)
+            if not is_by(model, path):
+                classify(folder / "clips", model, path.parent, adapt)
             rows.append({"condition": condition, "adapt": adapt} | score(path, len(paths)))
     table = pd.DataFrame(rows)
     table.to_csv(args.output_dir / "robustness.csv", index=False)
