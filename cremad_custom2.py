@@ -63,7 +63,7 @@ MEL_DIR = "mel_spectrograms"  # --output_dir of mel_generator.py
 OUTPUT_DIR = "output"
 SPLIT = "actor"  # "actor": unseen voices; "clip": optimistic; or the path of a CSV: stem,split
 MAX_WIDTH = 191  # frames; longer clips are cut (191 frames of hop 512 at 16 kHz: 6.1 s)
-WEIGHTED_SAMPLING = True  # draw every emotion as often; False: each clip once
+WEIGHTED_SAMPLING = True  # draw every emotion equally often; False: each clip once
 START_FROM = ""  # the path of a best_model.pth to fine-tune, of the same model; "" = from nothing
 # model
 CHANNELS = (32, 64, 128, 256)  # of the four residual blocks
@@ -90,11 +90,11 @@ AUTOMATIC_GAIN = 0.2  # share whose loudness is evened out, as by phones; 0 = of
 ADD_FLOOR = True  # the training's noise floor is added to every clip, in training and in use
 EMA_DECAY = 0.997  # a step, of the averaged weights that are validated and saved; 0 = off
 GRADIENT_CLIP = 1.0  # norm
-SENTENCE_WEIGHT = 0.0  # 0.2: better on CREMA-D's own sentences, worse on other people's; README
+SENTENCE_WEIGHT = 0.0  # 0.2: better on CREMA-D's own sentences, worse on others: see README
 DECAY_AFTER = 14  # epochs; after each later one the learning rate is multiplied
 LR_DECAY = 0.65  # by this; 1 = off
 LR_FACTOR = 0.5  # of ReduceLROnPlateau
-LR_PATIENCE = 3  # epochs without a better validation accuracy that the rate survives
+LR_PATIENCE = 3  # of ReduceLROnPlateau: epochs without a better validation accuracy
 PATIENCE = 10  # epochs without as good a validation accuracy before training stops
 # system
 SEED = 42
@@ -278,12 +278,12 @@ def print_unfinished_note(clips: pd.DataFrame, n_originals: int | None) -> None:
     elif n_found != n_originals:
         print(
             f"Note: {MEL_DIR} has {count(n_found, 'original')}, mel_generator.py left "
-            f"{n_originals:,}: run it again, or go on if that is as you want it."
+            f"{n_originals:,}: run it again, or go on if that is intended."
         )
 
 
 def split_evenly(groups: pd.Series, emotions: pd.Series, seed: int) -> np.ndarray:
-    """Splits clips 70/15/15, each group (an actor) in one part, as even over emotions as can be.
+    """Splits clips 70/15/15 by whole groups (actors), with emotion shares as equal as possible.
 
     Of 100 seeded orders of the groups, takes the one whose parts' emotion shares differ least
     from the whole's. Returns "train", "val" or "test" for each clip.
@@ -322,7 +322,7 @@ def split_from_csv(stems: pd.Series) -> list[str | None]:
         raise UserError(f"SPLIT = {SPLIT!r}: split is {wrong[0]!r}: must be train, val or test.")
     if len(parts) < len(named):
         [(stem, _)] = Counter(stem for stem, _ in named).most_common(1)
-        raise UserError(f"SPLIT = {SPLIT!r}: {stem} stands there twice.")
+        raise UserError(f"SPLIT = {SPLIT!r}: {stem} is listed twice.")
     stems = [unicodedata.normalize("NFC", stem) for stem in stems]
     absent = len(parts.keys() - set(stems))
     unnamed = len(set(stems) - parts.keys())
@@ -391,7 +391,7 @@ def read_spectrogram(path: Path, n_mels: int) -> np.ndarray:
             mel = np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # bytes from anywhere make the header's parser raise anything
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a whole .npy file ({reason}): {fix}") from error
+        raise UserError(f"{path} is not a complete .npy file ({reason}): {fix}") from error
     if mel.dtype != np.float32 or mel.ndim != 2 or len(mel) != n_mels or not mel.size:
         raise UserError(
             f"{path} holds {mel.dtype} {mel.shape}, not float32 ({n_mels}, frames) as "
@@ -433,7 +433,9 @@ class Spectrograms:
     a second.
     """
 
-    def __init__(self, clips: pd.DataFrame, mel_config: dict, start: dict | None = None) -> None:
+    def __init__(
+        self, clips: pd.DataFrame, mel_config: dict, normalization: dict | None = None
+    ) -> None:
         n_mels = mel_config["n_mels"]
         self.frame_rate = mel_config["sample_rate"] / mel_config["hop_length"]
         self.indices = {
@@ -449,11 +451,11 @@ class Spectrograms:
         n_frames = 0
         for path in tqdm(clips.path, "Reading", unit="file", leave=False, disable=RANK > 0):
             mel = read_spectrogram(path, n_mels)
-            heard = mel[:MAX_WIDTH]
-            frames[n_frames : n_frames + len(heard)] = heard
-            n_frames += len(heard)
-            lengths.append(len(heard))
-            n_cut.append(len(mel) - len(heard))
+            kept = mel[:MAX_WIDTH]
+            frames[n_frames : n_frames + len(kept)] = kept
+            n_frames += len(kept)
+            lengths.append(len(kept))
+            n_cut.append(len(mel) - len(kept))
         self.frames = torch.from_numpy(frames[:n_frames])
         self.length = torch.tensor(lengths)
         self.start = self.length.cumsum(0) - self.length
@@ -466,7 +468,7 @@ class Spectrograms:
         self.floor = usual_floor(mels)
         self.measured, self.varies = self.measure_bands()
         # A model to fine-tune expects its own normalisation.
-        self.normalization = start["normalization"] if start else self.measured
+        self.normalization = self.measured if normalization is None else normalization
 
     def clip(self, i: int) -> Tensor:
         """One clip, dB (frames, mel bands)."""
@@ -976,7 +978,7 @@ class TrainState:
         return parts
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Takes the weights of a best_model.pth, to fine-tune them."""
+        """Loads the weights of a best_model.pth, to fine-tune them."""
         self.model.load_state_dict(weights)
         self.ema.module.load_state_dict(weights)
 
@@ -987,7 +989,7 @@ class TrainState:
         return state | {"dtype": dtype_name(self.dtype), "device_type": self.device.type}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up what state_dict returned."""
+        """Restores what state_dict returned."""
         for name, part in self.parts().items():
             if state[name]:  # a gradient scaler that is off has nothing to tell
                 part.load_state_dict(state[name])
@@ -1172,7 +1174,7 @@ def train_step(
     return torch.stack([loss.detach(), n_right])  # .item() would wait for the GPU
 
 
-def fit(state: TrainState, data: Spectrograms, clips: pd.DataFrame, config: dict) -> None:
+def fit(state: TrainState, data: Spectrograms, config: dict) -> None:
     """Trains epoch by epoch until the end; after each, all that it takes to go on is on disk."""
     while not state.is_finished():
         epoch = len(state.history) + 1
@@ -1189,7 +1191,7 @@ def fit(state: TrainState, data: Spectrograms, clips: pd.DataFrame, config: dict
         is_kept = state.step(row, len(data.indices["val"]))
         if RANK == 0:
             if is_kept:
-                save_best_model(state, data, clips, config, temperature)
+                save_best_model(state, data, config, temperature)
             save_progress(state, config)
             print_epoch(row, is_kept, time.perf_counter() - started)
 
@@ -1256,7 +1258,7 @@ def fit_temperature(logits: Tensor, label: Tensor) -> float:
 
 
 def uar_interval(true: Tensor, predicted: Tensor, actors: np.ndarray) -> list[float] | None:
-    """95 % interval of the UAR, low and high, by 1,000 bootstrap draws of actors; of one, None."""
+    """95 % interval of the UAR, low and high, by 1,000 bootstrap draws of actors; None for one."""
     names = np.unique(actors)
     if len(names) == 1:
         return None
@@ -1368,8 +1370,8 @@ def plot_bars(axes: Any, groups: list[str], is_right: pd.Series, order: list[str
 def intensities(stems: pd.Series) -> list[str]:
     """What file names tell of the intensity in their fourth field."""
     names = {"LO": "low", "MD": "medium", "HI": "high"}
-    fields = [stem.upper().split("_") for stem in stems]
-    return [names.get(f[3], "unspecified") if len(f) > 3 else "unspecified" for f in fields]
+    fields = stems.str.upper().str.split("_").str.get(3)  # NaN where there is none
+    return [names.get(field, "unspecified") for field in fields]
 
 
 def plot_reliability(axes: Any, logits: Tensor, label: Tensor, temperature: float) -> None:
@@ -1448,16 +1450,16 @@ def report_training(
     """Figures, predictions and pictures of best_model.pth, read back from its file."""
     model, checkpoint = read_best_model(output_dir / "best_model.pth", state.device)
     temperature = checkpoint["temperature"]
-    figures = {}
-    for part in ("val", "test"):
-        logits = predict_logits(model, data.part(part), BATCH_SIZE, state.device)
+    logits = {}
+    metrics: dict[str, Any] = {}
+    for part in ("test", "val"):
+        logits[part] = predict_logits(model, data.part(part), BATCH_SIZE, state.device)
         actors = clips.actor[clips.split == part].to_numpy()
-        figures[part] = compute_metrics(logits, data.labels(part), actors, temperature)
-        if part == "test":
-            table = predictions_table(clips, data, logits, temperature)
-            path = output_dir / "test_report.png"
-            plot_report(path, table, logits, data.labels(part), temperature)
-    metrics = {"test": figures["test"], "val": figures["val"]} | {
+        metrics[part] = compute_metrics(logits[part], data.labels(part), actors, temperature)
+    table = predictions_table(clips, data, logits["test"], temperature)
+    path = output_dir / "test_report.png"
+    plot_report(path, table, logits["test"], data.labels("test"), temperature)
+    metrics |= {
         "best_epoch": checkpoint["epoch"],
         "epochs": len(state.history),
         "split": SPLIT,
@@ -1516,7 +1518,7 @@ def training_notes(clips: pd.DataFrame, data: Spectrograms) -> list[str]:
         longest = (data.n_cut + data.length).max()
         notes.append(
             f"{(data.n_cut > 0).sum():,} of {count(len(data.length), 'spectrogram')} longer than "
-            f"MAX_WIDTH: {share:.1f} % of the frames are cut off; MAX_WIDTH = {longest} hears all."
+            f"MAX_WIDTH: {share:.1f} % of the frames are cut off; MAX_WIDTH = {longest} keeps all."
         )
     return notes
 
@@ -1817,6 +1819,7 @@ def read_start(clips: pd.DataFrame, mel_config: dict) -> dict | None:
         EmotionClassifier(**now["model_config"]).load_state_dict(start["model_state_dict"])
         speakers = {name for names in start["speakers"].values() for name in names}
         codes = [c["code"] for c in start["classes"]]
+        normalize(torch.zeros(1, mel_config["n_mels"]), start["normalization"])  # does it fit?
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"START_FROM = {START_FROM!r} is no whole model ({error}).") from error
     if codes != list(EMOTIONS):
@@ -1882,7 +1885,7 @@ def save_progress(state: TrainState, config: dict) -> None:
 
 
 def save_best_model(
-    state: TrainState, data: Spectrograms, clips: pd.DataFrame, config: dict, temperature: float
+    state: TrainState, data: Spectrograms, config: dict, temperature: float
 ) -> None:
     """Writes best_model.pth: tensors and plain Python values, so that weights_only=True loads it.
 
@@ -1890,8 +1893,8 @@ def save_best_model(
     on a voice that trained it.
     """
     split = SPLIT if SPLIT in ("actor", "clip") else "csv"
-    paths = ("MEL_DIR", "OUTPUT_DIR", "START_FROM", "SPEAKERS")
-    public = {name: value for name, value in config.items() if name not in paths}
+    left_out = ("MEL_DIR", "OUTPUT_DIR", "START_FROM", "SPEAKERS")
+    public = {name: value for name, value in config.items() if name not in left_out}
     checkpoint = {
         "format_version": FORMAT_VERSION,
         "model_state_dict": {k: v.cpu() for k, v in state.ema.module.state_dict().items()},
@@ -2026,7 +2029,7 @@ def train_model() -> int:
     output_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(output_dir) if RANK == 0 else contextlib.nullcontext():
         start = read_start(clips, mel_config)
-        data = Spectrograms(clips, mel_config, start)
+        data = Spectrograms(clips, mel_config, start["normalization"] if start else None)
         data.to_gpu_if_it_fits(device)
         config = training_config(clips, mel_config, data, start)
         progress = on_rank_0(read_progress, output_dir, config) if RESUME else None
@@ -2039,7 +2042,7 @@ def train_model() -> int:
         if RANK == 0:
             prepare_folder(output_dir, clips, is_resumed=bool(progress))
         print_setup(clips, data, state, config)
-        fit(state, data, clips, config)
+        fit(state, data, config)
         if RANK == 0:
             report_training(output_dir, data, clips, state, config)
     leave_processes()

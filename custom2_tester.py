@@ -89,13 +89,13 @@ DEFAULT_MODEL = Path(__file__).resolve().parent / "tests" / "pretrained" / "crem
 SILENCE_DB = -100.0  # the least that mel_generator.py writes
 FORMAT_VERSION = 2  # of best_model.pth
 RESULTS = "classification_results"  # the main table
-LEVEL_FILES = 500  # of a folder, whose level is measured
-MIN_LEVEL_FILES = 20  # fewer say too little about a folder
-LEVEL_WINDOWS = 8  # of a file, with --segments
+LEVEL_FILES = 500  # at most so many files tell a folder's level
+MIN_LEVEL_FILES = 20  # --adapt auto changes no folder with fewer readable files
+LEVEL_WINDOWS = 8  # at most so many windows tell a file's level, with --segments
 PAUSE_DB = 20  # a window this far under its recording's loudest is a pause
-MAX_GAIN_DB = 40  # what is farther from the training's level has another reason than its gain
-BATCHES_AHEAD = 4  # batches of files read ahead, sorted by length, and written together
-MAX_ROWS_SHOWN = 20  # on the screen
+MAX_GAIN_DB = 40  # a folder farther than this from the training's level gets no gain
+BATCHES_AHEAD = 4  # batches that are read, sorted by length and written together
+MAX_ROWS_SHOWN = 20  # with more files, none is listed on the screen
 DB_RANGE = (-60, 20)  # of all pictures: loudness is a cue
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's, for the colour-blind
 # of classes in a timeline: Okabe and Ito's, and again with other markers from the ninth on
@@ -104,6 +104,7 @@ RESULT_COLUMNS = (  # the probabilities of the classes stand after the fourth
     "file", "predicted_class", "predicted_code", "confidence",
     "duration_s", "ignored_s", "level_db", "uncertain", "true_class", "error",
 )  # fmt: skip
+SEGMENT_COLUMNS = ("file", "start_s", "end_s", "predicted_class", "confidence")  # then the classes
 IMAGE_STYLE = {"cmap": "magma", "origin": "lower", "aspect": "auto"}
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} files [{elapsed}<{remaining}]"
 PACKAGES = (
@@ -796,12 +797,12 @@ def wrong_values(checkpoint: dict) -> str:
     if min(checkpoint["normalization"]["std"]) < 1e-6:
         return "a deviation of the normalization is not above 0"
     classes = checkpoint["classes"]
-    if not all(isinstance(c, dict) and c.keys() >= {"code", "name"} for c in classes):
+    codes = [c.get("code") for c in classes if isinstance(c, dict)]
+    names = [c.get("name") for c in classes if isinstance(c, dict)]
+    if not all(isinstance(text, str) for text in codes + names):
         return "classes are not codes and names"
-    if not all(isinstance(c[key], str) for c in classes for key in ("code", "name")):
-        return "classes are not codes and names"
-    different = {len({c[key] for c in classes}) for key in ("code", "name")}
-    if different != {checkpoint["model_config"]["n_classes"]} or len(classes) not in different:
+    n_classes = checkpoint["model_config"]["n_classes"]
+    if not len(classes) == len(set(codes)) == len(set(names)) == n_classes:
         return "classes are not a code and a name for each of the model's outputs"
     level = checkpoint.get("level", {"median": 0.0, "low": -8.0, "high": 8.0})
     if not isinstance(level, dict) or not level.keys() >= {"median", "low", "high"}:
@@ -825,7 +826,7 @@ def known_speakers(checkpoint: dict) -> set[str]:
 
 
 def gpu_or_cpu(cpu: bool) -> torch.device:
-    """The GPU where there is one, unless told to keep off it."""
+    """The GPU if there is one, else or with --cpu the CPU; raises UserError if it fails."""
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     try:
         try_device(device)
@@ -850,7 +851,7 @@ class Window(NamedTuple):
 
 
 class WindowPrediction(NamedTuple):
-    """What came of a window."""
+    """The model's answer for a window."""
 
     window: Window
     mel: np.ndarray | None  # float32 (mel bands, frames) to draw, or None
@@ -870,8 +871,12 @@ class RunOptions(NamedTuple):
     window: float  # seconds
     step: float  # seconds
     min_confidence: float | None
-    gain_db: float  # added to every recording
-    fill_db: float | None  # the floor to fill to, over the training's; None: nothing is filled
+    gain_db: float = 0.0  # added to every recording
+    fill_db: float | None = None  # the floor to fill to, over the training's; None: no filling
+
+    def max_seconds(self, mel_config: dict) -> float:
+        """The longest sound that is not cut."""
+        return self.max_width * mel_config["hop_length"] / mel_config["sample_rate"]
 
     def seconds(self, mel_config: dict) -> float:
         """How much of a window is decoded: what the model hears, and half a frame's padding."""
@@ -938,18 +943,17 @@ def list_windows(
             try:
                 if source.suffix.lower() in FFMPEG_SUFFIXES:
                     check_file(source)
-                    decode_with_ffmpeg(source, temporary / f"{i}.wav")
                     source = temporary / f"{i}.wav"
+                    decode_with_ffmpeg(folder / path, source)
                 starts = window_starts(sound_length(source), options.window, options.step)
             except AudioError as reason:
                 error = str(reason)
-                (temporary / f"{i}.wav").unlink(missing_ok=True)
         for start in starts:
             yield Window(path, source, start, len(starts), error)
 
 
 class HeardWindow(NamedTuple):
-    """What reading a window gives."""
+    """The spectrogram of a window, and what was measured on the way."""
 
     mel: np.ndarray | None  # float32 (mel bands, frames), with the gain; None where it failed
     duration: float  # of the recording, seconds
@@ -1066,20 +1070,29 @@ def predict(
     return dict(zip(names, probabilities[0].tolist(), strict=True))
 
 
-def run_options(
-    args: argparse.Namespace, checkpoint: dict, gain_db: float, fill_db: float | None
-) -> RunOptions:
-    """What the rows depend on besides the model."""
-    return RunOptions(
+def run_options(args: argparse.Namespace, checkpoint: dict) -> RunOptions:
+    """The options before any adaptation; raises UserError if --window is over --max_width."""
+    options = RunOptions(
         input_dir=str(args.input_dir.resolve()),
         max_width=args.max_width or checkpoint["max_width"],
         segments=args.segments,
         window=args.window,
         step=args.step,
         min_confidence=args.min_confidence,
-        gain_db=gain_db,
-        fill_db=fill_db,
     )
+    longest = options.max_seconds(checkpoint["mel_config"])
+    if options.segments and options.window > longest:
+        raise UserError(
+            f"--window {options.window:g} s is longer than --max_width, {options.max_width} frames "
+            f"({longest:.2f} s)."
+        )
+    return options
+
+
+def spread_evenly(items: list[Any], most: int) -> list[Any]:
+    """At most so many of the items, evenly spread over the list."""
+    index = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
+    return [items[i] for i in index]
 
 
 def hear_windows(
@@ -1088,9 +1101,8 @@ def hear_windows(
     """Up to LEVEL_WINDOWS of a file's windows, evenly spread, that can be read."""
     with tempfile.TemporaryDirectory() as temporary:
         windows = list(list_windows([path], folder, options, Path(temporary)))
-        n_windows = min(len(windows), LEVEL_WINDOWS)
-        index = np.linspace(0, len(windows) - 1, n_windows).round().astype(int)
-        heard = [read_window(windows[i], mel_config, options) for i in index]
+        sample = spread_evenly(windows, LEVEL_WINDOWS)
+        heard = [read_window(window, mel_config, options) for window in sample]
     return [clip for clip in heard if not clip.error]
 
 
@@ -1100,23 +1112,19 @@ def are_loud(levels: Sequence[float]) -> np.ndarray:
 
 
 def measure_folder(
-    paths: list[str], folder: Path, checkpoint: dict, args: argparse.Namespace
+    paths: list[str], folder: Path, mel_config: dict, options: RunOptions, workers: int
 ) -> tuple[list[float], list[float]]:
     """Levels of up to LEVEL_FILES files, and how far each lies over its noise, in dB.
 
     The files are spread evenly; those that cannot be read are left out. Of a file in windows, the
     median over those that are no pauses.
     """
-    n_files = min(len(paths), LEVEL_FILES)
-    index = np.linspace(0, len(paths) - 1, n_files).round().astype(int)
-    sample = [paths[i] for i in index]
-    about = {"folder": folder, "mel_config": checkpoint["mel_config"]}
-    about["options"] = run_options(args, checkpoint, gain_db=0.0, fill_db=None)
-    hear = functools.partial(hear_windows, **about)
+    sample = spread_evenly(paths, LEVEL_FILES)
+    hear = functools.partial(hear_windows, folder=folder, mel_config=mel_config, options=options)
     levels = []
     distances = []
-    with tqdm(total=n_files, desc="Measuring the level", unit="file", leave=False) as bar:
-        for batch, files in prefetch(sample, hear, args.workers, 64):
+    with tqdm(total=len(sample), desc="Measuring the level", unit="file", leave=False) as bar:
+        for batch, files in prefetch(sample, hear, workers, 64):
             bar.update(len(batch))
             for clips in filter(None, files):
                 is_loud = are_loud([clip.level for clip in clips])
@@ -1127,22 +1135,24 @@ def measure_folder(
 
 
 def adapt_to_training(
-    paths: list[str], folder: Path, checkpoint: dict, args: argparse.Namespace
-) -> tuple[float, float | None, str]:
-    """RunOptions' gain_db and fill_db for all files of --input_dir, and what to say of them."""
-    if "level" not in checkpoint:
-        if args.adapt == "on":
-            raise UserError("--adapt on: this model's file does not tell its training's level.")
-        return 0.0, None, ""
-    if args.adapt == "off":
-        return 0.0, None, ""
-    levels, distances = measure_folder(paths, folder, checkpoint, args)
+    paths: list[str], folder: Path, checkpoint: dict, options: RunOptions, args: argparse.Namespace
+) -> tuple[RunOptions, str]:
+    """The options with gain_db and fill_db for all of --input_dir, and what to say of them."""
+    if args.adapt == "on" and "level" not in checkpoint:
+        raise UserError("--adapt on: this model's file does not tell its training's level.")
+    if args.adapt == "off" or "level" not in checkpoint:
+        return options, ""
+    mel_config = checkpoint["mel_config"]
+    levels, distances = measure_folder(paths, folder, mel_config, options, args.workers)
     gain_db, note = choose_gain(levels, checkpoint["level"], args.adapt)
+    options = options._replace(gain_db=gain_db)
     if not levels or not checkpoint.keys() >= {"floor", "distance"}:
-        return gain_db, None, note
+        return options, note
     is_filled, fill_note = choose_filling(distances, checkpoint["distance"], args.adapt)
-    above = float(np.median(levels)) + gain_db - checkpoint["level"]["median"]
-    return gain_db, round(above, 3) if is_filled else None, f"{note} {fill_note}".strip()
+    if is_filled:
+        above = float(np.median(levels)) + gain_db - checkpoint["level"]["median"]
+        options = options._replace(fill_db=round(above, 3))
+    return options, f"{note} {fill_note}".strip()
 
 
 def choose_gain(levels: list[float], level: dict, adapt: str) -> tuple[float, str]:
@@ -1153,21 +1163,22 @@ def choose_gain(levels: list[float], level: dict, adapt: str) -> tuple[float, st
     """
     if not levels:
         return 0.0, ""
-    above = float(np.median(levels)) - level["median"]
-    is_usual = level["low"] <= above + level["median"] <= level["high"]
+    median = float(np.median(levels))
+    above = median - level["median"]
+    is_usual = level["low"] <= median <= level["high"]
     is_few = len(levels) < MIN_LEVEL_FILES
     found = f"These recordings are {abs(above):.1f} dB {'louder' if above > 0 else 'quieter'} "
     found += "than the training's (median level)"
     if abs(above) > MAX_GAIN_DB:
-        return 0.0, f"{found}: too far for a gain, left so. Do they begin with silence?"
+        return 0.0, f"{found}: too far for a gain, none is applied. Do they begin with silence?"
     if adapt == "on" or not (is_usual or is_few):
-        return round(-above, 3), f"{found}: all are taken {-above:+.1f} dB (--adapt {adapt})."
+        return round(-above, 3), f"{found}: all are changed by {-above:+.1f} dB (--adapt {adapt})."
     if is_usual:
         return 0.0, f"{found}: within the training speakers' range, left as they are."
     return 0.0, (
-        f"{found}, outside the training speakers' range, so answers may lean to one emotion. Left "
-        f"so, as {count(len(levels), 'file')}, under {MIN_LEVEL_FILES}, may be of one mood; if the "
-        f"moods are mixed: --adapt on ({-above:+.1f} dB)."
+        f"{found}, outside the training speakers' range, so answers may lean to one emotion. No "
+        f"gain is applied: {count(len(levels), 'file')}, fewer than {MIN_LEVEL_FILES}, may be of "
+        f"one mood. If the moods are mixed, give --adapt on ({-above:+.1f} dB)."
     )
 
 
@@ -1180,9 +1191,9 @@ def choose_filling(distances: list[float], usual: float, adapt: str) -> tuple[bo
     distance = float(np.median(distances))
     if distance <= usual:
         return False, ""
-    found = f"Their noise lies {distance:.0f} dB under them, the training's at most {usual:.0f} dB"
+    found = f"Their noise is {distance:.0f} dB below them, the training's {usual:.0f} dB at most"
     if adapt == "on" or len(distances) >= MIN_LEVEL_FILES:
-        return True, f"{found}: each gets the noise that it lacks (--adapt {adapt})."
+        return True, f"{found}: the missing noise is added to each (--adapt {adapt})."
     return False, f"{found}, as in a studio or after suppression: --adapt on adds what is missing."
 
 
@@ -1192,9 +1203,8 @@ def classify(
     checkpoint: dict,
     options: RunOptions,
     args: argparse.Namespace,
-    keep_mels: bool,
 ) -> Iterator[list[WindowPrediction]]:
-    """Yields the windows of some batches, in their order, with what came of them."""
+    """Yields the predictions of BATCHES_AHEAD batches of windows at a time, in order."""
     read = functools.partial(read_window, mel_config=checkpoint["mel_config"], options=options)
     for batch, clips in prefetch(windows, read, args.workers, BATCHES_AHEAD * args.batch_size):
         mels = [clip.mel for clip in clips]
@@ -1204,8 +1214,9 @@ def classify(
         predictions = []
         for window, clip, p, e in zip(batch, clips, probabilities, embeddings, strict=True):
             shown = None
-            if keep_mels and clip.mel is not None:  # the recording as it is
-                shown = thin_out(clip.mel, window.n_windows) - np.float32(options.gain_db)
+            if args.visualize and clip.mel is not None:
+                every = 1 + window.n_windows // 40  # no picture has room for an hour's frames
+                shown = clip.mel[:, ::every] - np.float32(options.gain_db)  # as recorded
             prediction = WindowPrediction(
                 window, shown, clip.duration, clip.level, clip.error, p, e
             )
@@ -1213,9 +1224,29 @@ def classify(
         yield predictions
 
 
-def thin_out(mel: np.ndarray, n_windows: int) -> np.ndarray:
-    """What a picture shows of a window: of an hour's not every frame, it has no room for them."""
-    return mel[:, :: 1 + n_windows // 40].copy()
+def classify_files(
+    paths: list[str],
+    folder: Path,
+    model: EmotionClassifier,
+    checkpoint: dict,
+    options: RunOptions,
+    args: argparse.Namespace,
+) -> Iterator[list[WindowPrediction]]:
+    """Yields the predictions of each file's windows, file by file, under a bar."""
+    bar = tqdm(desc="Classifying", total=len(paths), unit="file", bar_format=BAR_FORMAT)
+    with tempfile.TemporaryDirectory() as temporary, bar:
+        windows = list_windows(paths, folder, options, Path(temporary))
+        batches = classify(windows, model, checkpoint, options, args)
+        stream = itertools.chain.from_iterable(batches)
+        for _, group in itertools.groupby(stream, key=lambda p: p.window.path):
+            predictions = []
+            for prediction in group:
+                predictions.append(prediction)
+                bar.update(min(1 / prediction.window.n_windows, len(paths) - bar.n))
+            yield predictions
+            source = predictions[0].window.source
+            if source.parent == Path(temporary):
+                source.unlink(missing_ok=True)  # ffmpeg may have failed
 
 
 def result_row(predictions: list[WindowPrediction], checkpoint: dict, options: RunOptions) -> dict:
@@ -1232,9 +1263,8 @@ def result_row(predictions: list[WindowPrediction], checkpoint: dict, options: R
     probabilities = np.mean([p.probabilities for p in good], axis=0)
     top = int(probabilities.argmax())
     names = [c["name"] for c in checkpoint["classes"]]
-    mel = checkpoint["mel_config"]
-    heard = options.max_width * mel["hop_length"] / mel["sample_rate"]
-    ignored = 0.0 if options.segments else max(0.0, good[0].duration - heard)
+    longest = options.max_seconds(checkpoint["mel_config"])
+    ignored = 0.0 if options.segments else max(0.0, good[0].duration - longest)
     row |= {"predicted_class": names[top], "predicted_code": checkpoint["classes"][top]["code"]}
     row |= {"confidence": f"{probabilities[top]:.6f}"}
     row |= {name: f"{p:.6f}" for name, p in zip(names, probabilities, strict=True)}
@@ -1383,7 +1413,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 200) -> None:
 
 
 def start_drawing() -> None:
-    """In a drawing process: prepares it."""
+    """Runs first in each drawing process."""
     os.environ["NUMBA_DISABLE_JIT"] = "1"  # its cache fails where no folder can be written
     matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLOURS)
     exit_with_parent()
@@ -1418,6 +1448,13 @@ def drawing_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         pool.shutdown(cancel_futures=True)
 
 
+def title_note(row: dict, labels: dict[str, dict[str, str]]) -> str:
+    """What a picture's title says besides the name: the true class, and "uncertain"."""
+    true = labels.get(row["file"], {}).get("true_class", "")
+    note = f" (true: {true})" if true else ""
+    return note + (" (uncertain)" if row.get("uncertain") == "yes" else "")
+
+
 def submit_picture(
     pool: ProcessPoolExecutor,
     output_dir: Path,
@@ -1426,7 +1463,7 @@ def submit_picture(
     options: RunOptions,
     note: str,
 ) -> Future[None]:
-    """Has a file's picture drawn; note: what its title says besides the name."""
+    """Starts drawing a file's picture; note: the end of its title, after the name."""
     path = predictions[0].window.path
     title = path + note
     picture = output_dir / picture_path(path)
@@ -1502,13 +1539,12 @@ def write_summary(output_dir: Path, good: pd.DataFrame, names: list[str]) -> Non
     rows = []
     for name in names:
         percent = good.percent[good.predicted_class == name]
-        mean = f"{percent.mean() / 100:.4f}" if len(percent) else ""
-        share = f"{100 * len(percent) / len(good):.2f}"
-        rows.append([name, len(percent), share, mean])
-    columns = ["class", "count", "percentage", "mean_confidence"]
-    table = [dict(zip(columns, row, strict=True)) for row in rows]
-    write_csv(output_dir / "summary.csv", columns, table)
-    print(tabulate(rows, headers=columns))
+        row = {"class": name, "count": len(percent)}
+        row["percentage"] = f"{100 * len(percent) / len(good):.2f}"
+        row["mean_confidence"] = f"{percent.mean() / 100:.4f}" if len(percent) else ""
+        rows.append(row)
+    write_csv(output_dir / "summary.csv", list(rows[0]), rows)
+    print(tabulate(rows, headers="keys"))
 
 
 def write_report(
@@ -1521,8 +1557,8 @@ def write_report(
     is_right = true == predicted
     accuracy = 100 * is_right.mean()
     recall = 100 * is_right.groupby(true).mean().mean()
-    n_files = count(len(labelled), "file")
-    figures = f"{n_files} with a known emotion: accuracy {accuracy:.1f} %, UAR {recall:.1f} %"
+    title = f"{count(len(labelled), 'file')} with a known emotion"
+    figures = f"{title}: accuracy {accuracy:.1f} %, UAR {recall:.1f} %"
     if "speaker" not in labelled:  # of a label table; else the names' first field
         stems = labelled.file.map(lambda path: PurePosixPath(path).stem)
         labelled = labelled.assign(speaker=stems.str.split("_").str[0])
@@ -1534,45 +1570,39 @@ def write_report(
     occurring = [name for name in names if name in set(true)]
     report = classification_report(true, predicted, labels=occurring, zero_division=0, digits=3)
     write_text(output_dir / "classification_report.txt", f"{figures}\n\n{report}")
-    plot_confusion(
-        output_dir / "confusion_matrix.png",
-        true,
-        predicted,
-        names,
-        f"{n_files} with a known emotion",
-    )
+    plot_confusion(output_dir / "confusion_matrix.png", true, predicted, names, title)
 
 
 def print_files(rows: list[dict]) -> None:
     """The answers, if they are few."""
-    if len(rows) <= MAX_ROWS_SHOWN:
-        shown = []
-        for row in rows:
-            confidence = f"{100 * float(row['confidence']):.1f} %" if row.get("confidence") else ""
-            emotion = row.get("predicted_class", "")
-            shown.append([row["file"], emotion, confidence, row.get("error", "")])
-        headers = ["file", "emotion", "confidence", "error"]
-        print(tabulate(shown, headers=headers, disable_numparse=True), end="\n\n")
+    if len(rows) > MAX_ROWS_SHOWN:
+        return
+    shown = []
+    for row in rows:
+        confidence = f"{100 * float(row['confidence']):.1f} %" if row["confidence"] else ""
+        shown.append([row["file"], row["predicted_class"], confidence, row["error"]])
+    headers = ["file", "emotion", "confidence", "error"]
+    print(tabulate(shown, headers=headers, disable_numparse=True), end="\n\n")
 
 
 def find_notes(rows: list[dict], options: RunOptions, max_window: float) -> list[str]:
     """What was ignored, is uncertain or failed, a sentence each."""
     notes = []
-    ignored = [float(row["ignored_s"]) for row in rows if float(row.get("ignored_s") or 0) > 0]
+    ignored = [float(row["ignored_s"]) for row in rows if float(row["ignored_s"] or 0) > 0]
     if ignored:
-        longer = "is" if len(ignored) == 1 else "are"
+        verb = "is" if len(ignored) == 1 else "are"
         window = min(3.0, max_window)
         notes.append(
-            f"{count(len(ignored), 'file')} {longer} longer than {options.max_width} frames: "
+            f"{count(len(ignored), 'file')} {verb} longer than {options.max_width} frames: "
             f"{sum(ignored):,.1f} s are ignored (column ignored_s). --segments --window "
             f"{window:g} --step {window / 2:g} hears them all."
         )
     if options.min_confidence is not None:
-        n_uncertain = sum(row.get("uncertain") == "yes" for row in rows)
+        n_uncertain = sum(row["uncertain"] == "yes" for row in rows)
         verb = "is" if n_uncertain == 1 else "are"
         limit = f"confidence under {options.min_confidence:g}"
         notes.append(f"{count(n_uncertain, 'file')} {verb} uncertain: {limit}.")
-    if n_failed := sum(bool(row.get("error")) for row in rows):
+    if n_failed := sum(bool(row["error"]) for row in rows):
         files = count(len(rows), "file")
         notes.append(f"{n_failed} of {files} could not be classified: the column `error` says why.")
     return notes
@@ -1583,7 +1613,7 @@ def report_results(
 ) -> list[str]:
     """Summary, pictures and, where true classes are known, figures; returns what to note."""
     names = [c["name"] for c in checkpoint["classes"]]
-    good = pd.DataFrame([row for row in rows if not row.get("error")])
+    good = pd.DataFrame([row for row in rows if not row["error"]])
     print_files(rows)
     if len(good):
         good["percent"] = 100 * good.confidence.astype(float)
@@ -1592,9 +1622,7 @@ def report_results(
         labelled = good[good.true_class != ""]
         if len(labelled):
             write_report(output_dir, labelled, names, known_speakers(checkpoint))
-    mel_config = checkpoint["mel_config"]
-    max_window = options.max_width * mel_config["hop_length"] / mel_config["sample_rate"]
-    notes = find_notes(rows, options, max_window)
+    notes = find_notes(rows, options, options.max_seconds(checkpoint["mel_config"]))
     for note in notes:
         print(note)
     return notes
@@ -1605,62 +1633,62 @@ def write_page(
 ) -> None:
     """report.html: a row a file, mistakes first where labels are known, all on the disk."""
     names = [c["name"] for c in checkpoint["classes"]]
-    is_labelled = [bool(row["true_class"] and row["predicted_class"]) for row in rows]
-    is_right = [row["true_class"] == row["predicted_class"] for row in rows]
-    is_wrong = [a and not b for a, b in zip(is_labelled, is_right, strict=True)]
-    order = sorted(range(len(rows)), key=lambda i: not is_wrong[i])
-    n_labelled = sum(is_labelled)
-    n_right = n_labelled - sum(is_wrong)
+    n_labelled = sum(bool(row["true_class"] and row["predicted_class"]) for row in rows)
+    n_right = n_labelled - sum(map(is_mistake, rows))
     summary = count(len(rows), "file")
     if n_labelled:
         summary += f", {n_right} of {n_labelled} labelled ones right"
+    mistakes_first = sorted(rows, key=is_mistake, reverse=True)
     options = "".join(f"<option>{html.escape(name)}</option>" for name in names)
     page = PAGE.substitute(
         title=html.escape(readable(str(output_dir.resolve().name))),
         summary=summary,
         notes="".join(f"<p class=note>{html.escape(note)}</p>" for note in notes if note),
         options=options,
-        rows="\n".join(page_row(rows[i], names, folder, output_dir, is_wrong[i]) for i in order),
+        rows="\n".join(page_row(row, names, folder, output_dir) for row in mistakes_first),
     )
     with atomic_write(output_dir / "report.html") as file:
         file.write(page.encode("utf-8", "replace"))
 
 
-def page_row(row: dict, names: list[str], folder: Path, output_dir: Path, is_wrong: bool) -> str:
+def is_mistake(row: dict) -> bool:
+    """Whether a file has a label and an answer, and they differ."""
+    return bool(row["predicted_class"]) and row["true_class"] not in ("", row["predicted_class"])
+
+
+def page_row(row: dict, names: list[str], folder: Path, output_dir: Path) -> str:
     """A file's row of report.html: names escaped, links percent-encoded."""
     try:
         recording = link(os.path.relpath(folder / row["file"], output_dir))
     except ValueError:  # Windows: on another drive
         recording = (folder / row["file"]).absolute().as_uri()
     suffix = PurePosixPath(row["file"]).suffix.lower()
-    is_playable = suffix in PLAYABLE_SUFFIXES and not row["error"]
+    play = "data-play " if suffix in PLAYABLE_SUFFIXES and not row["error"] else ""
     name = html.escape(readable(row["file"]))
+    predicted = html.escape(row["predicted_class"])
+    true = html.escape(row["true_class"])
     heard = ""
     if float(row.get("ignored_s") or 0) > 0:
         duration = float(row["duration_s"])
         first = duration - float(row["ignored_s"])
         heard = f"<br><small>the first {first:.1f} of {duration:.1f} s were heard</small>"
-    cells = [
-        (name, f'<a {"data-play " if is_playable else ""}href="{recording}">{name}</a>{heard}')
-    ]
+    cells = [(name, f'<a {play}href="{recording}">{name}</a>{heard}')]  # (to sort by, to show)
     if row["error"]:
         cells += [("", ""), ("", html.escape(row["error"])), ("", ""), ("", "")]
     else:
         picture = link(picture_path(row["file"]))
         confidence = f"{100 * float(row['confidence']):.0f} %"
-        answer = f"{html.escape(row['predicted_class'])}<br><small>{confidence}</small>"
+        answer = f"{predicted}<br><small>{confidence}</small>"
         note = "<br><small>uncertain</small>" if row.get("uncertain") == "yes" else ""
         bars = "".join(page_bar(n, row[n], n == row["predicted_class"]) for n in names)
         image = f'<a href="{picture}"><img loading="lazy" alt="spectrogram" src="{picture}"></a>'
-        cells += [("", image), (html.escape(row["predicted_class"]), answer + note)]
-        cells += [
-            (row["confidence"], bars),
-            (row["level_db"], f"{float(row['level_db'] or 0):+.1f}"),
-        ]
-    cells += [(html.escape(row["true_class"]), html.escape(row["true_class"]))]
+        level = f"{float(row['level_db']):+.1f}" if row["level_db"] else ""
+        cells += [("", image), (predicted, answer + note)]
+        cells += [(row["confidence"], bars), (row["level_db"], level)]
+    cells.append((true, true))
     tags = "".join(f'<td data-v="{value}">{text}</td>' for value, text in cells)
-    kind = html.escape(row["predicted_class"]) or "failed"
-    return f'<tr data-class="{kind}"{" class=wrong" if is_wrong else ""}>{tags}</tr>'
+    mark = " class=wrong" if is_mistake(row) else ""
+    return f'<tr data-class="{predicted or "failed"}"{mark}>{tags}</tr>'
 
 
 def page_bar(name: str, probability: str, is_top: bool) -> str:
@@ -1673,6 +1701,33 @@ def page_bar(name: str, probability: str, is_top: bool) -> str:
 def link(path: str) -> str:
     """A relative path as a link, percent-encoded; bytes that are no UTF-8, too."""
     return urllib.parse.quote(os.fsencode(path.replace(os.sep, "/")))
+
+
+def report_folder(
+    args: argparse.Namespace,
+    folder: Path,
+    rows: list[dict],
+    checkpoint: dict,
+    options: RunOptions,
+    embeddings: dict[str, np.ndarray],
+    level_note: str,
+) -> None:
+    """What stands beside the table: summary, figures, embeddings, page."""
+    notes = report_results(args.output_dir, rows, checkpoint, options)
+    if args.embeddings:
+        write_embeddings(args.output_dir, rows, embeddings)
+    if args.visualize:
+        notes = [f"Model: {args.model_path.name}.", level_note, *notes]
+        write_page(args.output_dir, folder, rows, checkpoint, notes)
+
+
+def print_closing(args: argparse.Namespace, table: Path, seconds: float) -> None:
+    """Where the results are, and whether shards wait to be joined."""
+    if not args.shard and (shards := find_shards(args.output_dir)):
+        print(f"Note: {args.output_dir} holds {count(len(shards), 'shard')}: --resume joins them.")
+    print(f"{seconds} s. Results: {table}")
+    if args.visualize and not args.shard:
+        print(f"To look and listen: {args.output_dir / 'report.html'}")
 
 
 PAGE = string.Template(r"""<!doctype html>
@@ -2031,7 +2086,7 @@ def exit_with_parent() -> None:
 def find_labels(
     paths: list[str], classes: list[dict[str, str]], table: Path | None
 ) -> dict[str, dict[str, str]]:
-    """What is known of the files: {path: {"true_class", a label table's further columns}}."""
+    """The labels of the files: {path: {"true_class": ..., further columns of --labels}}."""
     names = {c["code"]: c["name"] for c in classes}
     labels = {}
     if table:
@@ -2080,7 +2135,7 @@ def read_labels(table: Path, names: dict[str, str]) -> dict[str, dict[str, str]]
             unknown.add(word)
         path = nfc(posixpath.normpath(row.pop("file").replace("\\", "/")))
         if path in labels:
-            raise UserError(f"--labels {table}: {path} stands there twice.")
+            raise UserError(f"--labels {table}: {path} is listed twice.")
         rest = {f"label_{k}" if k in taken else k: v for k, v in row.items()}
         labels[path] = {"true_class": true_class} | rest
     if unknown:
@@ -2107,11 +2162,10 @@ class Results:
     ) -> None:
         names = [c["name"] for c in checkpoint["classes"]]
         self.folder = folder
-        columns = [*RESULT_COLUMNS[:4], *names, *RESULT_COLUMNS[4:]]
-        self.columns = {RESULTS: columns}
-        if options.segments:
-            columns = ["file", "start_s", "end_s", "predicted_class", "confidence", *names]
-            self.columns = {"segments": columns} | self.columns  # a file's own row is written last
+        self.columns: dict[str, list[str]] = {}
+        if options.segments:  # first, so that a file's own row is written last
+            self.columns["segments"] = [*SEGMENT_COLUMNS, *names]
+        self.columns[RESULTS] = [*RESULT_COLUMNS[:4], *names, *RESULT_COLUMNS[4:]]
         self.note = {"model_sha256": model_sha256, "options": options._asdict()}
 
     def path(self, kind: str, ending: str = "") -> Path:
@@ -2131,13 +2185,12 @@ class Results:
             if not rows:
                 continue
             changed = self.changes(folder / f"run.json{ending}")
-            if changed and changed.keys() <= {"gain_db", "fill_db"}:
-                words = "; ".join(f"{name} was {text}" for name, text in changed.items())
-                print(f"Another adaptation ({words}): all are classified anew.")
+            message = "; ".join(f"{name} was {text}" for name, text in changed.items())
+            if changed.keys() - {"gain_db", "fill_db"}:
+                refused = refused or f"{folder / RESULTS}.csv{ending}: {message}"
                 continue
             if changed:
-                words = "; ".join(f"{name} was {text}" for name, text in changed.items())
-                refused = refused or f"{folder / RESULTS}.csv{ending}: {words}"
+                print(f"Another adaptation ({message}): all are classified anew.")
                 continue
             is_ours = True
             done = {path for path, row in rows.items() if row["predicted_class"]} & paths
@@ -2170,8 +2223,8 @@ class Results:
         differ = [name for name in now if before.get(name) != now[name]]
         return {name: f"{before.get(name)}, now {now[name]}" for name in differ}
 
-    def begin(self, taken: dict[str, list[dict[str, str]]]) -> set[str]:
-        """Begins the .partial files with the rows that are taken up; returns their files."""
+    def begin(self, taken: dict[str, list[dict[str, str]]]) -> None:
+        """Begins the .partial files with the rows that are taken up."""
         for folder in (self.folder, *self.folder.glob("mel_spectrograms/**/")):
             remove_leftovers(folder)
         if not taken:
@@ -2181,7 +2234,6 @@ class Results:
         write_text(self.folder / "run.json.partial", note)
         for kind, columns in self.columns.items():
             write_csv(self.path(kind, ".partial"), columns, taken.get(kind, []))
-        return {row["file"] for row in taken.get(RESULTS, [])}
 
     def append(self, rows: dict[str, list[dict]]) -> None:
         """Adds rows to the .partial files: on disk as each batch is done."""
@@ -2195,7 +2247,7 @@ class Results:
                 raise OSError(error.errno, error.strerror, str(path)) from error
 
     def publish(self, paths: list[str], labels: dict[str, dict[str, str]]) -> list[dict]:
-        """Gives the tables their names, in order of path; returns the rows of the files.
+        """Writes the final tables, sorted by path; returns the rows of the files.
 
         true_class and a label table's columns are filled in afresh.
         """
@@ -2204,15 +2256,14 @@ class Results:
         for kind in self.columns:
             rows = read_rows(self.path(kind, ".partial"))
             published[kind] = sorted(rows, key=lambda row: order[row["file"]])
-        known = {name: "" for label in labels.values() for name in label}
-        empty = {"true_class": ""} | known
+        unknown = {"true_class": ""} | {name: "" for label in labels.values() for name in label}
         for row in published[RESULTS]:
-            row.update(empty | labels.get(row["file"], {}))
+            row.update(unknown | labels.get(row["file"], {}))
+        further = [name for name in unknown if name not in self.columns[RESULTS]]
+        columns = self.columns | {RESULTS: [*self.columns[RESULTS], *further]}
         (self.folder / "run.json").unlink(missing_ok=True)  # no table stands beside another's note
-        for kind, columns in self.columns.items():
-            is_main = kind == RESULTS
-            extra = [name for name in known if name not in columns] if is_main else []
-            write_csv(self.path(kind), [*columns, *extra], published[kind])
+        for kind in columns:
+            write_csv(self.path(kind), columns[kind], published[kind])
         (self.folder / "run.json.partial").replace(self.folder / "run.json")
         for kind in self.columns:
             self.path(kind, ".partial").unlink()
@@ -2260,42 +2311,14 @@ def take_up_all(
     if args.visualize:  # a file without its picture is done again
         wanted = {path for path in paths if (args.output_dir / picture_path(path)).exists()}
     taken = results.take_up(results.folder, wanted)
-    for folder in [] if args.shard else find_shards(args.output_dir):
+    if args.shard:
+        return taken
+    for folder in find_shards(args.output_dir):
         with folder_lock(folder):  # UserError if that shard is still at work
             left = wanted - {row["file"] for row in taken[RESULTS]}
             for kind, rows in results.take_up(folder, left).items():
                 taken[kind] += rows
     return taken
-
-
-def failed_rows(closed: dict[str, str], paths: list[str]) -> list[dict[str, str]]:
-    """Rows of the subfolders that cannot be entered."""
-    return [{"file": path, "error": closed[path]} for path in paths if path in closed]
-
-
-def classify_files(
-    paths: list[str],
-    folder: Path,
-    model: EmotionClassifier,
-    checkpoint: dict,
-    options: RunOptions,
-    args: argparse.Namespace,
-) -> Iterator[list[WindowPrediction]]:
-    """Yields the predictions of each file's windows, file by file, under a bar."""
-    bar = tqdm(desc="Classifying", total=len(paths), unit="file", bar_format=BAR_FORMAT)
-    with tempfile.TemporaryDirectory() as temporary, bar:
-        windows = list_windows(paths, folder, options, Path(temporary))
-        batches = classify(windows, model, checkpoint, options, args, keep_mels=args.visualize)
-        stream = itertools.chain.from_iterable(batches)
-        for _, group in itertools.groupby(stream, key=lambda p: p.window.path):
-            predictions = []
-            for prediction in group:
-                predictions.append(prediction)
-                bar.update(min(1 / prediction.window.n_windows, len(paths) - bar.n))
-            yield predictions
-            source = predictions[0].window.source
-            if source.parent == Path(temporary):
-                source.unlink()
 
 
 def classify_all(
@@ -2335,13 +2358,6 @@ def classify_all(
     return embeddings
 
 
-def title_note(row: dict, labels: dict[str, dict[str, str]]) -> str:
-    """What a picture's title says besides the name: the true class, and "uncertain"."""
-    true = labels.get(row["file"], {}).get("true_class", "")
-    note = f" (true: {true})" if true else ""
-    return note + (" (uncertain)" if row.get("uncertain") == "yes" else "")
-
-
 def write_batch(
     results: Results, rows: dict[str, list[dict]], pictures: list[Future[None]]
 ) -> None:
@@ -2375,8 +2391,12 @@ def remove_earlier(args: argparse.Namespace, paths: set[str]) -> None:
         (args.output_dir / name).unlink(missing_ok=True)
     for path in paths:
         (args.output_dir / picture_path(path)).unlink(missing_ok=True)
-    for folder in find_shards(args.output_dir) if args.resume else []:
-        for name in ("classification_results.csv", "segments.csv", "run.json"):
+
+
+def remove_shards(output_dir: Path) -> None:
+    """Deletes the tables of the shards that a run with --resume has joined."""
+    for folder in find_shards(output_dir):
+        for name in (f"{RESULTS}.csv", "segments.csv", "run.json"):
             (folder / name).unlink(missing_ok=True)
             (folder / f"{name}.partial").unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a folder that holds anything else stays
@@ -2466,45 +2486,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_window(args: argparse.Namespace, checkpoint: dict) -> None:
-    """Raises UserError if --window is longer than what the model hears at once."""
-    max_width = args.max_width or checkpoint["max_width"]
-    longest = max_width * checkpoint["mel_config"]["hop_length"]
-    longest /= checkpoint["mel_config"]["sample_rate"]
-    if args.segments and args.window > longest:
-        raise UserError(
-            f"--window {args.window:g} s is longer than --max_width, {max_width} frames "
-            f"({longest:.2f} s)."
-        )
-
-
-def report_folder(
-    args: argparse.Namespace,
-    folder: Path,
-    rows: list[dict],
-    checkpoint: dict,
-    options: RunOptions,
-    embeddings: dict[str, np.ndarray],
-    level_note: str,
-) -> None:
-    """What stands beside the table: summary, figures, embeddings, page."""
-    notes = report_results(args.output_dir, rows, checkpoint, options)
-    if args.embeddings:
-        write_embeddings(args.output_dir, rows, embeddings)
-    if args.visualize:
-        notes = [f"Model: {args.model_path.name}.", level_note, *notes]
-        write_page(args.output_dir, folder, rows, checkpoint, notes)
-
-
-def print_closing(args: argparse.Namespace, table: Path, seconds: float) -> None:
-    """Where the results are, and whether shards wait to be joined."""
-    if not args.shard and (shards := find_shards(args.output_dir)):
-        print(f"Note: {args.output_dir} holds {count(len(shards), 'shard')}: --resume joins them.")
-    print(f"{seconds} s. Results: {table}")
-    if args.visualize and not args.shard:
-        print(f"To look and listen: {args.output_dir / 'report.html'}")
-
-
 def fail(message: str, status: int = 1) -> int:
     """Tells why the run ends; returns the exit status."""
     print(message, file=sys.stderr)
@@ -2518,23 +2499,25 @@ def classify_folder(args: argparse.Namespace) -> int:
     with drawing_pool(min(args.workers, len(found)) if args.visualize else 0) as pool:
         device = gpu_or_cpu(args.cpu)
         model, checkpoint = load_model(args.model_path, device)
-        check_window(args, checkpoint)
+        options = run_options(args, checkpoint)
         check_output_dir(args.output_dir)
         labels = find_labels(found, checkpoint["classes"], args.labels)
         paths = sorted(path for path in [*found, *closed] if in_shard(path, args.shard))
         n_files = count(len(paths), "file")
         print(f"{args.model_path}: epoch {checkpoint.get('epoch', '?')}, on {device}. {n_files}.")
-        gain_db, fill_db, level_note = adapt_to_training(found, folder, checkpoint, args)
+        options, level_note = adapt_to_training(found, folder, checkpoint, options, args)
         if level_note:
             print(level_note)
-        options = run_options(args, checkpoint, gain_db, fill_db)
         tables = shard_folder(args.output_dir, args.shard)
         tables.mkdir(parents=True, exist_ok=True)
         with folder_lock(tables):
             results = Results(tables, checkpoint, options, hash_file(args.model_path))
             earlier = {row["file"] for row in read_rows(results.path(RESULTS))}
-            done = results.begin(take_up_all(results, paths, args) if args.resume else {})
-            results.append({RESULTS: failed_rows(closed, paths)})
+            taken = take_up_all(results, paths, args) if args.resume else {}
+            done = {row["file"] for row in taken.get(RESULTS, [])}
+            results.begin(taken)
+            closed_rows = [{"file": p, "error": closed[p]} for p in paths if p in closed]
+            results.append({RESULTS: closed_rows})
             todo = [path for path in paths if path not in done and path not in closed]
             files = classify_files(todo, folder, model, checkpoint, options, args)
             embeddings = classify_all(files, results, checkpoint, options, args, pool, labels)
@@ -2543,6 +2526,8 @@ def classify_folder(args: argparse.Namespace) -> int:
                 answered = {row["file"] for row in rows if row["predicted_class"]}
                 pictured = answered if args.visualize else answered & done
                 remove_earlier(args, earlier - pictured)
+                if args.resume:
+                    remove_shards(args.output_dir)
                 report_folder(args, folder, rows, checkpoint, options, embeddings, level_note)
             details = {"device": str(device), "seconds": round(time.perf_counter() - started, 1)}
             write_run_record(tables / "run.json", PACKAGES, results.note | details)

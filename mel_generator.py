@@ -687,6 +687,10 @@ def in_shard(path: str, shard: tuple[int, int] | None) -> bool:
     return int(digest, 16) % n_shards == index
 
 
+class LabelError(Exception):
+    """Why the emotion of a file is not known, in words for the user."""
+
+
 class Clip(NamedTuple):
     """A sound file with a known emotion."""
 
@@ -711,46 +715,48 @@ def find_clips(input_dir: Path, table: Path | None) -> tuple[list[Clip], dict[st
     max_stem = MAX_NAME_BYTES - max(len(f"_{variant}.npy") for variant in VARIANTS)
     clips: dict[str, Clip] = {}  # by stem
     for path in paths:
-        stem, emotion, reason = label_by_name(path) if labels is None else label_of(path, labels)
-        if reason:
-            skipped[path] = reason
-        elif stem in clips:
-            skipped[path] = f"same stem as another file: {clips[stem].path}"
-        elif len(os.fsencode(stem)) > max_stem:
+        try:
+            clip = clip_by_name(path) if labels is None else clip_by_table(path, labels)
+        except LabelError as error:
+            skipped[path] = str(error)
+            continue
+        if clip.stem in clips:
+            skipped[path] = f"same stem as another file: {clips[clip.stem].path}"
+        elif len(os.fsencode(clip.stem)) > max_stem:
             skipped[path] = f"name too long: at most {max_stem} bytes before the suffix"
         else:
-            clips[stem] = Clip(path, stem, emotion)
+            clips[clip.stem] = clip
     return list(clips.values()), skipped
 
 
-def label_by_name(path: str) -> tuple[str, str, str]:
-    """A clip's stem, its emotion by the name's third field, and why it has none, or ""."""
+def clip_by_name(path: str) -> Clip:
+    """A clip with the emotion that its name's third field tells; raises LabelError."""
     stem = PurePosixPath(path).stem
     fields = stem.upper().split("_")
-    if len(fields) > 2 and fields[2] in EMOTIONS:
-        return stem, fields[2], ""
-    return stem, "", f"no emotion in the name: its third field is none of {' '.join(EMOTIONS)}"
+    if len(fields) < 3 or fields[2] not in EMOTIONS:
+        raise LabelError(f"no emotion in the name: its third field is none of {' '.join(EMOTIONS)}")
+    return Clip(path, stem, fields[2])
 
 
-def label_of(path: str, labels: dict[str, dict[str, str]]) -> tuple[str, str, str]:
-    """A clip's stem SPEAKER_NAME-HASH_EMO, its emotion, and why it has none, or "", by a table.
+def clip_by_table(path: str, labels: dict[str, dict[str, str]]) -> Clip:
+    """A clip with the emotion of --labels and the stem SPEAKER_NAME-HASH_EMO; raises LabelError.
 
     HASH tells files of one name in different folders apart; `_` would end a field.
     """
     row = labels.get(unicodedata.normalize("NFC", path))
     if row is None:
-        return "", "", "not in --labels"
+        raise LabelError("not in --labels")
     word = row["emotion"].strip()
     by_word = {name.lower(): code for code, name in EMOTIONS.items()}
     emotion = by_word.get(word.lower(), word.upper())
     if emotion not in EMOTIONS:
-        return "", "", f"other emotion: {word!r} is none of {' '.join(EMOTIONS)}"
+        raise LabelError(f"other emotion: {word!r} is none of {' '.join(EMOTIONS)}")
     speaker = clean(row.get("speaker", "").strip()) or "unknown"
     digest = hashlib.sha1(os.fsencode(path)).hexdigest()[:8]
     end = f"-{digest}_{emotion}"
     room = 200 - len(os.fsencode(f"{speaker}_{end}"))
     name = os.fsencode(clean(PurePosixPath(path).stem))[: max(room, 0)].decode("utf-8", "ignore")
-    return f"{speaker}_{name}{end}", emotion, ""
+    return Clip(path, f"{speaker}_{name}{end}", emotion)
 
 
 def clean(text: str) -> str:
@@ -773,7 +779,7 @@ def read_label_table(table: Path) -> dict[str, dict[str, str]]:
     paths = [unicodedata.normalize("NFC", path) for path in paths]
     [(path, n)] = Counter(paths).most_common(1)
     if n > 1:
-        raise UserError(f"--labels {table}: {path} stands there {n} times.")
+        raise UserError(f"--labels {table}: {path} is listed {n} times.")
     return dict(zip(paths, rows, strict=True))
 
 
@@ -796,11 +802,9 @@ def make_config(args: argparse.Namespace) -> dict:
     }
 
 
-def check_or_write_config(output_dir: Path, config: dict, overwrite: bool) -> None:
-    """Writes mel_config.json; raises UserError if the folder has spectrograms of other settings."""
+def check_or_write_config(output_dir: Path, config: dict) -> None:
+    """Writes mel_config.json; raises UserError if spectrograms there have different settings."""
     path = output_dir / "mel_config.json"
-    if overwrite and path.exists():
-        remove_spectrograms(output_dir)
     if not path.exists():
         if spectrogram := next(iter(list_spectrograms(output_dir)), None):
             raise UserError(
@@ -865,7 +869,7 @@ def list_spectrograms(output_dir: Path) -> dict[str, int]:
 
 
 class Task(NamedTuple):
-    """A clip, which of its variants to make, and its file's date (ns), which they will bear."""
+    """A clip, which of its variants to make, and its file's date (ns), which they get."""
 
     clip: Clip
     variants: list[str]
@@ -1024,34 +1028,40 @@ def print_corpus_note(clips: list[Clip]) -> None:
         )
 
 
-def count_empty_bands(settings: dict, n_fft: int, n_mels: int) -> int:
-    """How many mel bands would hold no STFT bin, with another n_fft and n_mels."""
-    rate, fmin, fmax = settings["sample_rate"], settings["fmin"], settings["fmax"]
-    filters = mel_filters(rate, n_fft, n_mels, fmin, fmax)
+def count_empty_bands(settings: dict) -> int:
+    """How many mel bands hold no STFT bin."""
+    names = ("sample_rate", "n_fft", "n_mels", "fmin", "fmax")
+    filters = mel_filters(*(settings[name] for name in names))
     return int((filters.max(axis=0) == 0).sum())
 
 
 def print_empty_bands(settings: dict) -> None:
     """Warns of mel bands that hold no STFT bin: they are constant and tell nothing."""
-    n_fft, n_mels = settings["n_fft"], settings["n_mels"]
-    n_empty = count_empty_bands(settings, n_fft, n_mels)
+    n_empty = count_empty_bands(settings)
     if not n_empty:
         return
+    n_fft = settings["n_fft"]
+    n_mels = settings["n_mels"]
     fewer = [n for n in (128, 96, 80, 64, 48, 40, 32, 24, 16, 8, 4, 2, 1) if n < n_mels]
     longer = [n_fft * 2**k for k in range(1, 8) if n_fft * 2**k <= 65_536]
-    remedies = [f"--n_mels {n}" for n in fewer if not count_empty_bands(settings, n_fft, n)][:1]
-    remedies += [f"--n_fft {n}" for n in longer if not count_empty_bands(settings, n, n_mels)][:1]
-    print(
-        f"Note: {n_empty} of {count(n_mels, 'mel band')} hold no STFT bin and tell nothing: take "
-        f"{' or '.join(remedies)}."
-    )
+    remedies = []
+    for name, values in (("n_mels", fewer), ("n_fft", longer)):
+        for value in values:
+            if not count_empty_bands(settings | {name: value}):
+                remedies.append(f"--{name} {value}")
+                break
+    advice = f": take {' or '.join(remedies)}" if remedies else ""
+    bands = count(n_mels, "mel band")
+    print(f"Note: {n_empty} of {bands} hold no STFT bin and tell nothing{advice}.")
 
 
 def print_table(spectrograms: Iterable[str]) -> None:
     """How many spectrograms there are, by variant and emotion."""
-    pairs = [(split_name(path)[1], path.split("/")[0]) for path in spectrograms]
-    counts = Counter(pairs + [(variant, "all") for variant, _ in pairs])
-    counts.update([("all", code) for _, code in pairs] + [("all", "all")] * len(pairs))
+    counts: Counter[tuple[str, str]] = Counter()
+    for path in spectrograms:
+        code, name = path.split("/")
+        _, variant = split_name(name)
+        counts.update(itertools.product((variant, "all"), (code, "all")))
     columns = [*EMOTIONS, "all"]
     variants = [v for v in ("original", *VARIANTS, "all") if counts[v, "all"]]
     rows = [[variant, *(counts[variant, column] for column in columns)] for variant in variants]
@@ -1065,8 +1075,8 @@ def print_unknown(spectrograms: Iterable[str], clips: list[Clip]) -> None:
         names = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
         print(
             f"Note: {count(len(unknown), 'clip')} with spectrograms but no file in --input_dir "
-            f"(any more), or none that can be used: {names}. They will train on; --overwrite "
-            "starts anew."
+            f"(any more), or none that can be used: {names}. The trainer will use them; "
+            "--overwrite starts anew."
         )
 
 
@@ -1136,7 +1146,7 @@ def fail(message: str, status: int = 1) -> int:
 
 
 def generate_folder(args: argparse.Namespace) -> int:
-    """Lists the clips, makes the spectrograms that are missing, says what came of it."""
+    """Lists the clips, makes the spectrograms that are missing, prints a summary."""
     started = time.perf_counter()
     config = make_config(args)
     clips, skipped = find_clips(args.input_dir, args.labels)
@@ -1150,7 +1160,9 @@ def generate_folder(args: argparse.Namespace) -> int:
         if alone:
             for folder in (".", *EMOTIONS):
                 remove_leftovers(args.output_dir / folder)
-        check_or_write_config(args.output_dir, config, args.overwrite)
+        if args.overwrite and (args.output_dir / "mel_config.json").exists():
+            remove_spectrograms(args.output_dir)
+        check_or_write_config(args.output_dir, config)
         share()
         skipped |= make_spectrograms(find_tasks(clips, config, args), args)
         log = write_skipped(args, skipped)

@@ -630,7 +630,7 @@ def forbid_classifying(monkeypatch):
     def refuse(*_):
         raise AssertionError("classified again")
 
-    monkeypatch.setattr(tester, "predict_logits", refuse)
+    monkeypatch.setattr(tester, "encode_clips", refuse)
 
 
 def interrupt(folder, n_rows=None, torn=0):
@@ -1092,6 +1092,17 @@ def test_a_phones_recording_is_decoded_once_a_file_under_segments(
     assert segments.count("a.m4a") == segments.count("b.MP4") == n_windows.count("long.wav")
 
 
+def test_what_ffmpeg_makes_that_is_no_sound_fails_its_file_alone(
+    phones, model, stand_in_ffmpeg, tmp_path
+):
+    (phones / "b.MP4").write_text("copied, this is no WAV\n" * 9)
+    classify(phones, model, tmp_path / "out", "--segments", "--cpu")
+    good, bad = results(tmp_path / "out")
+    assert good["predicted_class"] and not bad["predicted_class"]
+    assert "unreadable" in bad["error"]
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 def test_a_phones_recording_is_decoded_as_far_as_it_is_heard(
     phones, model, stand_in_ffmpeg, tmp_path
 ):
@@ -1315,10 +1326,10 @@ def test_a_picture_of_a_recording_that_is_cut_shows_all_that_was_heard(model, tm
     soundfile.write(tmp_path / "a.wav", noise, 16000)
     network, checkpoint = tester.load_model(model, torch.device("cpu"))
     paths = ("--input_dir", str(tmp_path), "--output_dir", "x", "--model_path", str(model))
-    args = tester.parse_args(paths)
-    options = tester.run_options(args, checkpoint, 0.0, None)
+    args = tester.parse_args([*paths, "--visualize"])
+    options = tester.run_options(args, checkpoint)
     windows = tester.list_windows(["a.wav"], tmp_path, options, tmp_path)
-    [[prediction]] = tester.classify(windows, network, checkpoint, options, args, keep_mels=True)
+    [[prediction]] = tester.classify(windows, network, checkpoint, options, args)
     assert prediction.mel.shape[1] == checkpoint["max_width"]
 
 

@@ -1401,7 +1401,7 @@ def test_what_makes_figures_worth_less_is_told(mels, tmp_path):
     assert "no clip of SAD to train" in text
     assert "1 actor to test" in text
     assert re.search("5 steps of BATCH_SIZE 16", text)
-    assert "hears all" not in text, "nothing was cut"
+    assert "keeps all" not in text, "nothing was cut"
     assert "original" not in text, "a finished corpus is called unfinished"
     assert "optimistic" not in text
 
@@ -1437,7 +1437,7 @@ def test_clips_over_max_width_are_told_with_the_width_that_hears_all(mels, tmp_p
     lost = 100 * (lengths - 30).clip(min=0).sum() / lengths.sum()
     assert float(share) == pytest.approx(lost, abs=0.06)
     assert int(longest) == lengths.max()
-    assert "hears all" not in train(tmp_path, mels, toy=QUICK, MAX_WIDTH=int(longest))
+    assert "keeps all" not in train(tmp_path, mels, toy=QUICK, MAX_WIDTH=int(longest))
 
 
 def test_an_unfinished_corpus_is_told(mels, tmp_path):
@@ -1628,10 +1628,10 @@ def save(array):
 @pytest.mark.parametrize(
     "damage, word",
     [
-        (cut_short, "not a whole"),
-        (lambda path: path.write_bytes(b""), "not a whole"),
-        (bad_header, "not a whole"),
-        (save(np.array([{}])), "not a whole"),
+        (cut_short, "not a complete"),
+        (lambda path: path.write_bytes(b""), "not a complete"),
+        (bad_header, "not a complete"),
+        (save(np.array([{}])), "not a complete"),
         (make_pipe, "regular file"),
         (make_folder, "regular file"),
         (save(np.zeros((64, 9), np.float32)), "64, 9"),
