@@ -1726,7 +1726,8 @@ def folder_lock(
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a table, as write_csv or a spreadsheet writes it, up to the first NUL.
 
-    A NUL is a power cut's mark. Raises OSError; an empty table has no rows.
+    A NUL is a power cut's mark; blank rows are a spreadsheet's. Raises OSError; an empty table
+    has no rows.
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for forever
         raise OSError(None, "not a regular file", str(path))
@@ -1734,9 +1735,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         text = file.read().split("\0")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
     try:
-        rows = [{k: v for k, v in row.items() if k is not None} for row in reader]
+        filled = [row for row in reader if any(row.values())]
     except csv.Error as error:
         raise OSError(None, f"no readable CSV ({error})", str(path)) from error
+    rows = [{k: v for k, v in row.items() if k is not None} for row in filled]
     return [
         {unescape_formula(k, ""): unescape_formula(v, k) for k, v in row.items()} for row in rows
     ]

@@ -1084,7 +1084,7 @@ def run_options(args: argparse.Namespace, checkpoint: dict) -> RunOptions:
     if options.segments and options.window > longest:
         raise UserError(
             f"--window {options.window:g} s is longer than --max_width, {options.max_width} frames "
-            f"({longest:.2f} s)."
+            f"({math.floor(100 * longest) / 100:g} s)."
         )
     return options
 
@@ -1591,7 +1591,7 @@ def find_notes(rows: list[dict], options: RunOptions, max_window: float) -> list
     ignored = [float(row["ignored_s"]) for row in rows if float(row["ignored_s"] or 0) > 0]
     if ignored:
         verb = "is" if len(ignored) == 1 else "are"
-        window = min(3.0, max_window)
+        window = min(3.0, math.floor(100 * max_window) / 100)
         notes.append(
             f"{count(len(ignored), 'file')} {verb} longer than {options.max_width} frames: "
             f"{sum(ignored):,.1f} s are ignored (column ignored_s). --segments --window "
@@ -2004,7 +2004,8 @@ def in_shard(path: str, shard: tuple[int, int] | None) -> bool:
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a table, as write_csv or a spreadsheet writes it, up to the first NUL.
 
-    A NUL is a power cut's mark. Raises OSError; an empty table has no rows.
+    A NUL is a power cut's mark; blank rows are a spreadsheet's. Raises OSError; an empty table
+    has no rows.
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for forever
         raise OSError(None, "not a regular file", str(path))
@@ -2012,9 +2013,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         text = file.read().split("\0")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
     try:
-        rows = [{k: v for k, v in row.items() if k is not None} for row in reader]
+        filled = [row for row in reader if any(row.values())]
     except csv.Error as error:
         raise OSError(None, f"no readable CSV ({error})", str(path)) from error
+    rows = [{k: v for k, v in row.items() if k is not None} for row in filled]
     return [
         {unescape_formula(k, ""): unescape_formula(v, k) for k, v in row.items()} for row in rows
     ]
@@ -2158,7 +2160,12 @@ class Results:
     """The tables of a run: rows go to .partial files as their batch is done, in `folder`."""
 
     def __init__(
-        self, folder: Path, checkpoint: dict, options: RunOptions, model_sha256: str
+        self,
+        folder: Path,
+        checkpoint: dict,
+        options: RunOptions,
+        model_sha256: str,
+        visualize: bool,
     ) -> None:
         names = [c["name"] for c in checkpoint["classes"]]
         self.folder = folder
@@ -2166,7 +2173,8 @@ class Results:
         if options.segments:  # first, so that a file's own row is written last
             self.columns["segments"] = [*SEGMENT_COLUMNS, *names]
         self.columns[RESULTS] = [*RESULT_COLUMNS[:4], *names, *RESULT_COLUMNS[4:]]
-        self.note = {"model_sha256": model_sha256, "options": options._asdict()}
+        self.note = {"model_sha256": model_sha256, "visualize": visualize}
+        self.note["options"] = options._asdict()
 
     def path(self, kind: str, ending: str = "") -> Path:
         """Where a table, or with ".partial" its beginning, stands."""
@@ -2186,11 +2194,11 @@ class Results:
                 continue
             changed = self.changes(folder / f"run.json{ending}")
             message = "; ".join(f"{name} was {text}" for name, text in changed.items())
-            if changed.keys() - {"gain_db", "fill_db"}:
+            if changed.keys() - {"gain_db", "fill_db", "visualize"}:
                 refused = refused or f"{folder / RESULTS}.csv{ending}: {message}"
                 continue
             if changed:
-                print(f"Another adaptation ({message}): all are classified anew.")
+                print(f"All are classified anew: {message}.")
                 continue
             is_ours = True
             done = {path for path, row in rows.items() if row["predicted_class"]} & paths
@@ -2201,8 +2209,8 @@ class Results:
                 taken["segments"] += [row for row in segments if row["file"] in done]
         if refused and not is_ours:
             raise UserError(
-                f"--resume: another model or other options made {refused}. Give the same again, or "
-                "leave --resume out to start anew."
+                f"--resume: another model or other options made {refused}. Give the same again, "
+                "delete that table, or leave --resume out to start anew."
             )
         return taken
 
@@ -2212,9 +2220,10 @@ class Results:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             before = {"model": found["model_sha256"]} | found["options"]
+            before["visualize"] = found["visualize"] or not self.note["visualize"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             before = {}
-        now = {"model": self.note["model_sha256"]} | self.note["options"]
+        now = {"model": self.note["model_sha256"], "visualize": True} | self.note["options"]
         for name in ("gain_db", "fill_db"):
             both = (before.get(name), now[name])
             is_number = all(type(value) in (int, float) for value in both)
@@ -2511,7 +2520,8 @@ def classify_folder(args: argparse.Namespace) -> int:
         tables = shard_folder(args.output_dir, args.shard)
         tables.mkdir(parents=True, exist_ok=True)
         with folder_lock(tables):
-            results = Results(tables, checkpoint, options, hash_file(args.model_path))
+            digest = hash_file(args.model_path)
+            results = Results(tables, checkpoint, options, digest, args.visualize)
             earlier = {row["file"] for row in read_rows(results.path(RESULTS))}
             taken = take_up_all(results, paths, args) if args.resume else {}
             done = {row["file"] for row in taken.get(RESULTS, [])}
@@ -2556,6 +2566,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return fail(str(error))
         except torch.OutOfMemoryError:
             return fail("The GPU's memory is full: --resume with a lower --batch_size, or --cpu.")
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):
+                raise
+            return fail("Memory is full: --resume with a lower --batch_size or --max_width.")
         except OSError as error:
             what = f"{error.filename or 'A file'}: {error.strerror or error}"
             return fail(f"{what}. What was written stays: fix this and run again with --resume.")

@@ -595,7 +595,8 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a table, as write_csv or a spreadsheet writes it, up to the first NUL.
 
-    A NUL is a power cut's mark. Raises OSError; an empty table has no rows.
+    A NUL is a power cut's mark; blank rows are a spreadsheet's. Raises OSError; an empty table
+    has no rows.
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for forever
         raise OSError(None, "not a regular file", str(path))
@@ -603,9 +604,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         text = file.read().split("\0")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
     try:
-        rows = [{k: v for k, v in row.items() if k is not None} for row in reader]
+        filled = [row for row in reader if any(row.values())]
     except csv.Error as error:
         raise OSError(None, f"no readable CSV ({error})", str(path)) from error
+    rows = [{k: v for k, v in row.items() if k is not None} for row in filled]
     return [
         {unescape_formula(k, ""): unescape_formula(v, k) for k, v in row.items()} for row in rows
     ]
@@ -877,11 +879,11 @@ class Task(NamedTuple):
 
 
 def is_same_date(found: int | None, date: int | None) -> bool:
-    """Whether a date (ns) is the sound file's: within 2 s where the file system keeps no finer."""
+    """Whether a spectrogram's date (ns) is the sound file's, as fine as a file system keeps it."""
     if found is None or date is None:
         return False
-    is_coarse = found % 10**7 == 0  # FAT, exFAT
-    return abs(found - date) <= (2 * 10**9 if is_coarse else 0)
+    is_coarse = found % 10**7 == 0  # FAT and exFAT keep 2 s; NTFS and SMB 100 ns
+    return abs(found - date) <= (2 * 10**9 if is_coarse else 1000)
 
 
 def find_tasks(clips: list[Clip], config: dict, args: argparse.Namespace) -> list[Task]:
@@ -1075,8 +1077,8 @@ def print_unknown(spectrograms: Iterable[str], clips: list[Clip]) -> None:
         names = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
         print(
             f"Note: {count(len(unknown), 'clip')} with spectrograms but no file in --input_dir "
-            f"(any more), or none that can be used: {names}. The trainer will use them; "
-            "--overwrite starts anew."
+            f"(any more), none that can be used, or another emotion or speaker now: {names}. The "
+            "trainer will use them, too; --overwrite starts anew."
         )
 
 
@@ -1114,7 +1116,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--no_augment", action="store_true", help="originals alone")
     add("--n_augmentations", type=int, default=3, help="augmented copies of each clip, 0 to 8 (3)")
     add("--seed", type=int, default=42, help="chooses variants and noise, with the name (42)")
-    add("--max_duration", type=float, default=60.0, help="seconds; longer files are skipped (60)")
+    add(
+        "--max_duration",
+        type=float,
+        default=60.0,
+        help="seconds; longer new files are skipped (60)",
+    )
     add("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
     add("--overwrite", action="store_true", help="delete the spectrograms that are there first")
     add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0")
@@ -1160,7 +1167,7 @@ def generate_folder(args: argparse.Namespace) -> int:
         if alone:
             for folder in (".", *EMOTIONS):
                 remove_leftovers(args.output_dir / folder)
-        if args.overwrite and (args.output_dir / "mel_config.json").exists():
+        if args.overwrite and clips and (args.output_dir / "mel_config.json").exists():
             remove_spectrograms(args.output_dir)
         check_or_write_config(args.output_dir, config)
         share()

@@ -589,6 +589,20 @@ def test_a_spectrogram_bears_its_clips_date(years, clips, tmp_path):
     assert {path.stat().st_mtime_ns for path in paths} == {clip.stat().st_mtime_ns}
 
 
+@pytest.mark.parametrize(
+    ("found", "date", "answer"),
+    [
+        (1_700_000_000_123_456_700, 1_700_000_000_123_456_789, True),  # NTFS, SMB
+        (1_700_000_000_123_456_700, 1_700_000_000_123_556_789, False),
+        (1_700_000_000_000_000_000, 1_700_000_001_123_456_789, True),  # FAT
+        (1_700_000_000_000_000_000, 1_700_000_003_123_456_789, False),
+        (None, 1_700_000_000_000_000_000, False),
+    ],
+)
+def test_dates_are_compared_as_fine_as_file_systems_keep_them(found, date, answer):
+    assert gen.is_same_date(found, date) is answer
+
+
 @pytest.mark.parametrize("age", [-86400, 86400])  # copies keep an old date, or bear a new one
 def test_a_replaced_clip_is_done_again(age, clips, tmp_path):
     out = tmp_path / "out"
@@ -702,6 +716,17 @@ def test_overwrite_deletes_only_what_the_generator_writes(clips, tmp_path):
     generate_here(clips, out, "--overwrite")
     assert [name for name in mine if not (out / name).exists()] == []
     assert not (out / "ANG/1001_A_ANG_X_original.npy").exists()
+
+
+def test_overwrite_deletes_nothing_for_a_table_that_fits_no_file(clips, tmp_path):
+    out = tmp_path / "out"
+    generate_here(clips, out)
+    before = contents(out)
+    gen.write_csv(tmp_path / "labels.csv", ("file", "emotion"), [{"file": "x", "emotion": "SAD"}])
+    options = ("--overwrite", "--labels", tmp_path / "labels.csv")
+    assert "No file could be used" in generate_here(clips, out, *options, code=1)
+    after = contents(out)
+    assert all(after[name] == data for name, data in before.items() if name.endswith(".npy"))
 
 
 def test_overwrite_deletes_nothing_where_no_mel_config_stands(clips, tmp_path):

@@ -117,6 +117,17 @@ def test_stems_tell_speaker_name_path_and_emotion(mine, tmp_path):
     assert len(found) == 48
 
 
+def test_the_blank_rows_of_a_spreadsheet_are_passed_over(mine, model, tmp_path):
+    text = (mine / "labels.csv").read_text()
+    (tmp_path / "labels.csv").write_text(text + ",,\n,,\n")
+    table = ("--labels", tmp_path / "labels.csv")
+    generate(mine, tmp_path / "mels", *table, "--no_augment", "--workers", 1)
+    assert len(list((tmp_path / "mels").glob("*/*.npy"))) == 48
+    folder = mine / min(path.name for path in mine.iterdir() if path.is_dir())
+    text = classify(folder, model, tmp_path / "out", *table)
+    assert "emotions that are none of" not in text
+
+
 @pytest.fixture(scope="module")
 def trained_by_table(mine, tmp_path_factory):
     """The output folder of a training on the clips that the table labels."""

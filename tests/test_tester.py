@@ -794,15 +794,47 @@ def test_resuming_never_leaves_fewer_rows(few, model, tmp_path):
 
 def test_resume_draws_the_pictures_that_are_missing(few, model, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    classify(few, model, out)
+    classify(few, model, out, "--visualize", "--workers", 1)
     first, *others = sorted(path.name for path in few.iterdir())
+    pictures = [out / tester.picture_path(name) for name in others]
+    for path in pictures:
+        path.unlink()
     picture = out / tester.picture_path(first)
-    picture.parent.mkdir()
     picture.write_bytes(b"drawn")
     kept = mark(out / TABLE, 2)
     classify(few, model, out, "--resume", "--visualize", "--workers", 1)
     assert picture.read_bytes() == b"drawn" and marked(out) == kept - set(others)
-    assert all((out / tester.picture_path(name)).exists() for name in others)
+    assert all(path.exists() for path in pictures)
+
+
+def test_resume_does_not_take_an_earlier_answers_pictures_for_its_own(few, model, tmp_path):
+    """Those of the run before, which drew; the interrupted one did not."""
+    out = tmp_path / "out"
+    classify(few, model, out, "--visualize", "--workers", 1)
+    pictures = [out / tester.picture_path(path.name) for path in few.iterdir()]
+    for path in pictures:
+        path.write_bytes(b"of other options")
+    options = ("--max_width", 60)
+    classify(few, model, out, *options)
+    for path in pictures:  # as if it had been interrupted: they go at a run's end
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"of other options")
+    interrupt(out, 2)
+    text = classify(few, model, out, *options, "--resume", "--visualize", "--workers", 1)
+    assert "All are classified anew: visualize was False, now True" in text
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_the_window_that_is_told_to_be_the_longest_is_taken(model, few, tmp_path):
+    """At 44.1 kHz 191 frames are 2.2175 s, which must not be rounded up."""
+    checkpoint = torch.load(model, weights_only=True)
+    checkpoint["mel_config"] |= {"sample_rate": 44100}
+    torch.save(checkpoint, tmp_path / "other.pth")
+    options = ("--segments", "--step", 1, "--window")
+    text = classify(few, tmp_path / "other.pth", tmp_path / "out", *options, 3, code=1)
+    [longest] = re.findall(r"191 frames \(([\d.]+) s\)", text)
+    assert longest == "2.21"
+    classify(few, tmp_path / "other.pth", tmp_path / "out", *options, longest)
 
 
 def test_ctrl_c_keeps_the_rows_and_resume_goes_on(corpus, model, tmp_path):
