@@ -1116,12 +1116,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--no_augment", action="store_true", help="originals alone")
     add("--n_augmentations", type=int, default=3, help="augmented copies of each clip, 0 to 8 (3)")
     add("--seed", type=int, default=42, help="chooses variants and noise, with the name (42)")
-    add(
-        "--max_duration",
-        type=float,
-        default=60.0,
-        help="seconds; longer new files are skipped (60)",
-    )
+    add("--max_duration", type=float, default=60.0, help="seconds; skip longer new files (60)")
     add("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
     add("--overwrite", action="store_true", help="delete the spectrograms that are there first")
     add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0")
