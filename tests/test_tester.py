@@ -825,6 +825,19 @@ def test_resume_does_not_take_an_earlier_answers_pictures_for_its_own(few, model
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
 
+def test_full_memory_is_a_sentence_and_a_fault_of_ours_is_not(few, model, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(tester, "encode_clips", fail)
+    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    text = classify(few, model, tmp_path / "out", "--cpu", code=1)
+    assert "Memory is full: --resume with a lower --batch_size" in text
+    words = "shapes cannot be multiplied"
+    with pytest.raises(RuntimeError, match="multiplied"):
+        classify(few, model, tmp_path / "other", "--cpu", code=1)
+
+
 def test_the_window_that_is_told_to_be_the_longest_is_taken(model, few, tmp_path):
     """At 44.1 kHz 191 frames are 2.2175 s, which must not be rounded up."""
     checkpoint = torch.load(model, weights_only=True)
