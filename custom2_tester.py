@@ -2330,6 +2330,20 @@ def take_up_all(
     return taken
 
 
+def begin_results(
+    results: Results, paths: list[str], closed: dict[str, str], args: argparse.Namespace
+) -> set[str]:
+    """Begins the tables with --resume's rows and the folders that cannot be entered.
+
+    Returns the paths that have their row.
+    """
+    taken = take_up_all(results, paths, args) if args.resume else {}
+    results.begin(taken)
+    closed_rows = [{"file": path, "error": closed[path]} for path in paths if path in closed]
+    results.append({RESULTS: closed_rows})
+    return {row["file"] for row in [*taken.get(RESULTS, []), *closed_rows]}
+
+
 def classify_all(
     files: Iterable[list[WindowPrediction]],
     results: Results,
@@ -2388,18 +2402,24 @@ def write_embeddings(output_dir: Path, rows: list[dict], embeddings: dict[str, n
         np.save(file, table.astype(np.float32))
 
 
-def remove_earlier(args: argparse.Namespace, paths: set[str]) -> None:
+def remove_earlier(
+    args: argparse.Namespace, earlier: set[str], taken: set[str], rows: list[dict]
+) -> None:
     """Deletes what earlier runs left in --output_dir that is not of the new table.
 
-    paths: the files whose pictures, if there are any, are of earlier answers.
+    earlier: the files of the last table; taken: those whose rows this run took up.
     """
     names = ["summary.csv", "confidence_distribution.png", "confusion_matrix.png"]
     names += ["classification_report.txt", "report.html", "embeddings.npy"]
     names += [] if args.segments else ["segments.csv"]
     for name in names:
         (args.output_dir / name).unlink(missing_ok=True)
-    for path in paths:
+    answered = {row["file"] for row in rows if row["predicted_class"]}
+    pictured = answered if args.visualize else answered & taken
+    for path in earlier - pictured:
         (args.output_dir / picture_path(path)).unlink(missing_ok=True)
+    if args.resume:
+        remove_shards(args.output_dir)
 
 
 def remove_shards(output_dir: Path) -> None:
@@ -2523,25 +2543,18 @@ def classify_folder(args: argparse.Namespace) -> int:
             digest = hash_file(args.model_path)
             results = Results(tables, checkpoint, options, digest, args.visualize)
             earlier = {row["file"] for row in read_rows(results.path(RESULTS))}
-            taken = take_up_all(results, paths, args) if args.resume else {}
-            done = {row["file"] for row in taken.get(RESULTS, [])}
-            results.begin(taken)
-            closed_rows = [{"file": p, "error": closed[p]} for p in paths if p in closed]
-            results.append({RESULTS: closed_rows})
-            todo = [path for path in paths if path not in done and path not in closed]
+            done = begin_results(results, paths, closed, args)
+            todo = [path for path in paths if path not in done]
             files = classify_files(todo, folder, model, checkpoint, options, args)
             embeddings = classify_all(files, results, checkpoint, options, args, pool, labels)
             rows = results.publish(paths, labels)
             if not args.shard:
-                answered = {row["file"] for row in rows if row["predicted_class"]}
-                pictured = answered if args.visualize else answered & done
-                remove_earlier(args, earlier - pictured)
-                if args.resume:
-                    remove_shards(args.output_dir)
+                remove_earlier(args, earlier, done, rows)
                 report_folder(args, folder, rows, checkpoint, options, embeddings, level_note)
-            details = {"device": str(device), "seconds": round(time.perf_counter() - started, 1)}
-            write_run_record(tables / "run.json", PACKAGES, results.note | details)
-    print_closing(args, results.path(RESULTS), details["seconds"])
+            seconds = round(time.perf_counter() - started, 1)
+            details = results.note | {"device": str(device), "seconds": seconds}
+            write_run_record(tables / "run.json", PACKAGES, details)
+    print_closing(args, results.path(RESULTS), seconds)
     failed = [row for row in rows if row["error"]]
     if rows and len(failed) == len(rows):
         raise UserError(f"No file could be classified, the first because: {failed[0]['error']}")
