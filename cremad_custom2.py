@@ -194,10 +194,10 @@ def all_positive_ints(values: Any, n: int) -> bool:
 def wrong_mel_settings(settings: dict) -> str:
     """What is wrong with mel settings, in words; "" if nothing is."""
     shown = {name: reprlib.repr(value) for name, value in settings.items()}
-    whole = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
-    for name, (least, most) in whole.items():
-        if type(settings[name]) is not int or not least <= settings[name] <= most:
-            return f"{name} is {shown[name]}: must be a whole number, {least:,} to {most:,}"
+    ranges = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
+    for name, (low, high) in ranges.items():
+        if type(settings[name]) is not int or not low <= settings[name] <= high:
+            return f"{name} is {shown[name]}: must be a whole number, {low:,} to {high:,}"
     n_fft = settings["n_fft"]
     if settings["n_mels"] > n_fft // 2:
         return f"n_mels is {shown['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
@@ -206,7 +206,8 @@ def wrong_mel_settings(settings: dict) -> str:
     fmin = settings["fmin"]
     fmax = settings["fmax"]
     nyquist = settings["sample_rate"] / 2
-    if {type(fmin), type(fmax)} - {int, float} or not 0 <= fmin < fmax <= nyquist:
+    are_numbers = type(fmin) in (int, float) and type(fmax) in (int, float)
+    if not are_numbers or not 0 <= fmin < fmax <= nyquist:
         return (
             f"fmin is {shown['fmin']}, fmax {shown['fmax']}: must be 0 <= fmin < fmax <= "
             f"{nyquist:g} Hz, half of sample_rate"
@@ -246,7 +247,8 @@ def read_mel_config(mel_dir: Path) -> tuple[dict, int | None]:
 def list_clips(mel_dir: Path) -> pd.DataFrame:
     """A row for each spectrogram: path, stem, variant, actor, emotion; sorted by path."""
     rows = []
-    for path in (path for code in EMOTIONS for path in sorted(mel_dir.glob(f"{code}/*.npy"))):
+    paths = [path for code in EMOTIONS for path in sorted(mel_dir.glob(f"{code}/*.npy"))]
+    for path in paths:
         if path.name.startswith("._"):  # macOS's notes
             continue
         variant = next((v for v in VARIANT_NAMES if path.stem.endswith(f"_{v}")), None)
@@ -479,14 +481,14 @@ class Spectrograms:
         return [normalize(self.clip(i), self.normalization) for i in self.indices[name]]
 
     def labels(self, name: str) -> Tensor:
-        """Their emotions: int64 (clips,), in the order of EMOTIONS."""
+        """The emotions of a part's clips: int64 (clips,), in the order of EMOTIONS."""
         return self.label[self.indices[name]]
 
     def measure_bands(self) -> tuple[dict[str, list[float]], Tensor]:
         """The checkpoint's `normalization`, of the training clips, and which mel bands vary.
 
-        A floor that is added stands under the clips whose mean and deviation are measured. A band
-        without an STFT bin is constant: it gets deviation 1.
+        With ADD_FLOOR, mean and deviation are those of the clips over the floor. A band without an
+        STFT bin is constant: it gets deviation 1.
         """
         train = self.indices["train"]
         n_mels = self.frames.shape[1]
@@ -611,8 +613,8 @@ def augment_batch(x: Tensor, lengths: Tensor, data: Spectrograms) -> Tensor:
 def other_floors(x: Tensor, lengths: Tensor) -> Tensor:
     """Another noise floor, from 60 dB lower to 20 dB higher, for a share of the clips of (B, T, M).
 
-    The clip's own is subtracted threefold, as a noise suppressor does, and takes of soft speech
-    what it takes.
+    Three times the clip's own floor is subtracted first, as a noise suppressor does; soft speech
+    near the floor is lost with it.
     """
     size = (len(x), 1, 1)
     offset = torch.empty(size).uniform_(-60, 20)
@@ -849,13 +851,6 @@ def head_logits(model: EmotionClassifier, embeddings: Tensor, device: torch.devi
         return model.head(embeddings.to(device)).cpu()
 
 
-def predict_logits(
-    model: EmotionClassifier, mels: list[Tensor], batch_size: int, device: torch.device
-) -> Tensor:
-    """Float32 logits (clips, classes), on the CPU, of normalised log-mels (frames, mel bands)."""
-    return head_logits(model, encode_clips(model, mels, batch_size, device), device)
-
-
 def clip_level(mel: np.ndarray) -> float:
     """Level of a clip's louder parts, dB: 95th percentile over time of the mean power of the bands.
 
@@ -931,7 +926,7 @@ class TrainedModel(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of emotions and, with a head for them, of sentences: (B, classes) each."""
         embedding = self.classifier.encode(x, lengths)
-        sentence = self.sentence_head(embedding) if self.sentence_head else None
+        sentence = None if self.sentence_head is None else self.sentence_head(embedding)
         return self.classifier.head(embedding), sentence
 
 
@@ -970,10 +965,10 @@ class TrainState:
         self.best_epoch = 0
 
     def parts(self) -> dict:
-        """What has a state dict of its own."""
+        """The objects whose state dicts last_checkpoint.pth keeps, by name."""
         names = ("model", "ema", "optimizer", "scheduler", "scaler")
         parts = {name: getattr(self, name) for name in names}
-        if self.trained.sentence_head:
+        if self.trained.sentence_head is not None:
             parts["sentence_head"] = self.trained.sentence_head
         return parts
 
@@ -1097,7 +1092,7 @@ def choose_dtype(device: torch.device, progress: dict | None) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32", "bfloat16", "float16"."""
+    """A dtype's name without "torch.": float32, bfloat16 or float16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -1198,6 +1193,13 @@ def fit(state: TrainState, data: Spectrograms, config: dict) -> None:
 
 # --------------------------------------------------------------------------------------
 # Evaluation
+
+
+def predict_logits(
+    model: EmotionClassifier, mels: list[Tensor], batch_size: int, device: torch.device
+) -> Tensor:
+    """Float32 logits (clips, classes), on the CPU, of normalised log-mels (frames, mel bands)."""
+    return head_logits(model, encode_clips(model, mels, batch_size, device), device)
 
 
 def validate(
@@ -1343,12 +1345,14 @@ def plot_history(path: Path, history: list[dict], best_epoch: int) -> None:
     save_figure(figure, path)
 
 
-def plot_bars(axes: Any, groups: list[str], is_right: pd.Series, order: list[str] | None) -> None:
+def plot_bars(
+    axes: Any, groups: Iterable[str], is_right: pd.Series, order: list[str] | None
+) -> None:
     """Accuracy (%) by group, with 95 % intervals; order: the groups' order, or None: sorted.
 
     Source of the intervals: Wilson, JASA 22(158), 1927; clips taken as independent.
     """
-    table = (is_right / 100).groupby(np.asarray(groups)).agg(["mean", "size"])
+    table = is_right.astype(float).groupby(np.asarray(groups)).agg(["mean", "size"])
     table = table.sort_values("mean") if order is None else table.reindex(order).dropna()
     share = table["mean"]
     n = table["size"]
@@ -1389,16 +1393,17 @@ def plot_report(
     path: Path, table: pd.DataFrame, logits: Tensor, label: Tensor, temperature: float
 ) -> None:
     """test_report.png: accuracy by actor and by intensity; confidence against accuracy."""
-    is_right = 100.0 * (table.true_class == table.predicted_class)
+    is_right = table.true_class == table.predicted_class
+    accuracy = 100 * is_right.mean()
     intensity = intensities(table.stem)
     below = ["reliability"] if set(intensity) == {"unspecified"} else ["intensity", "reliability"]
     figure = Figure(figsize=(7, 5.6), layout="constrained")
     panels = figure.subplot_mosaic([["actor"] * len(below), below])
     plot_bars(panels["actor"], table.actor, is_right, None)
-    panels["actor"].axhline(is_right.mean(), color=ORANGE, linestyle="--")
+    panels["actor"].axhline(accuracy, color=ORANGE, linestyle="--")
     panels["actor"].tick_params(axis="x", rotation=90 if table.actor.nunique() > 12 else 0)
     panels["actor"].set_xlabel("Test actor")
-    panels["actor"].set_title(f"Dashed: all test clips, {is_right.mean():.1f} %", fontsize=9)
+    panels["actor"].set_title(f"Dashed: all test clips, {accuracy:.1f} %", fontsize=9)
     if "intensity" in panels:
         order = ["low", "medium", "high", "unspecified"]
         plot_bars(panels["intensity"], intensity, is_right, order)
@@ -1483,7 +1488,8 @@ def report_training(
 def shared_speakers(clips: pd.DataFrame) -> list[str]:
     """Speakers of whom some clips train and others validate or test."""
     is_train = clips.split == "train"
-    return sorted({*clips.actor[is_train]} & {*clips.actor[~is_train]} - {"unknown"})
+    trained = set(clips.actor[is_train]) - {"unknown"}
+    return sorted(trained & set(clips.actor[~is_train]))
 
 
 def training_notes(clips: pd.DataFrame, data: Spectrograms) -> list[str]:
@@ -1537,7 +1543,7 @@ def print_setup(clips: pd.DataFrame, data: Spectrograms, state: TrainState, conf
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     print(f"{state.device}, {dtype_name(state.dtype)}, {millions:.1f} M parameters.")
     print(
-        "Columns of two: training, validation. * kept: within a standard error of the best.",
+        "Pairs: training, validation. *: saved, as within one standard error of the best.",
         flush=True,
     )
 
@@ -1572,7 +1578,10 @@ def print_summary(output_dir: Path, metrics: dict, shared: list[str]) -> None:
         low, high = metrics["test"]["uar_ci95"]
         print(f"Test UAR, 95 % interval over actors: {100 * low:.1f} to {100 * high:.1f} %")
     if SPLIT == "clip" or shared:
-        print(f"SPLIT = {SPLIT!r} has the same voices in training and test: optimistic for others.")
+        print(
+            f"SPLIT = {SPLIT!r} has the same voices in training and in validation or test: "
+            "optimistic for others."
+        )
     print(f"Files: {output_dir}")
     print(
         "Next:  python custom2_tester.py --input_dir RECORDINGS --output_dir results "
@@ -1712,8 +1721,8 @@ def folder_lock(
         except BlockingIOError:
             if exclusive:
                 raise UserError(
-                    f"{folder} is in use: another run is writing there. Wait for its end, or name "
-                    "another folder."
+                    f"{folder} is in use: another run is writing there. Wait until it ends, or "
+                    "name another folder."
                 ) from None
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         except OSError as error:  # a file system without locks
@@ -1823,10 +1832,12 @@ def read_start(clips: pd.DataFrame, mel_config: dict) -> dict | None:
         codes = [c["code"] for c in start["classes"]]
         normalize(torch.zeros(1, mel_config["n_mels"]), start["normalization"])  # does it fit?
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"START_FROM = {START_FROM!r} is no whole model ({error}).") from error
+        raise UserError(
+            f"START_FROM = {START_FROM!r} is not a complete model ({error})."
+        ) from error
     if codes != list(EMOTIONS):
         raise UserError(f"START_FROM = {START_FROM!r}: its classes are {codes}.")
-    folded = {name.casefold() for name in speakers}
+    folded = {name.casefold() for name in speakers} - {"unknown"}
     actors = set(clips.actor[clips.split != "train"])
     if known := sorted(name for name in actors if name.casefold() in folded):
         raise UserError(
@@ -1939,17 +1950,24 @@ def read_progress(output_dir: Path, config: dict) -> dict | None:
     has_dtype = progress.get("dtype") in ("float32", "bfloat16", "float16")
     if not is_ours or not has_dtype or not isinstance(before, dict):
         raise UserError(f"RESUME = True, but {path} is no checkpoint of this script.")
-    if changed := [
-        f"{name} was {before.get(name)!r}, now {value!r}"
-        for name, value in config.items()
-        if name not in MAY_CHANGE and before.get(name) != value
-    ]:
+    if changed := changed_settings(before, config):
         raise UserError(
             f"RESUME = True, but {path} is of a training with different settings "
             f"({'; '.join(changed)}): set them back, or name another OUTPUT_DIR."
         )
-    print(f"Going on from {path}, after epoch {len(progress['history'])}.")
+    print(f"Resuming from {path}, after epoch {len(progress['history'])}.")
     return progress
+
+
+def changed_settings(before: dict, config: dict) -> list[str]:
+    """What of a training's config differs, in words."""
+    names = config.keys() - MAY_CHANGE
+    changed = sorted(name for name in names if before.get(name) != config[name])
+    data = {"SPEAKERS", "SPLIT_SHA256", "DATA_SHA256"}
+    told = [f"{n} was {before.get(n)!r}, now {config[n]!r}" for n in changed if n not in data]
+    if data & set(changed):
+        told.append("the spectrograms in MEL_DIR, or their split, were others")
+    return told
 
 
 def prepare_folder(output_dir: Path, clips: pd.DataFrame, is_resumed: bool) -> None:
@@ -1988,14 +2006,14 @@ def move_earlier(output_dir: Path) -> None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, its container's quota, 61 on Windows."""
+    """Cores that this process may use, by its affinity and its container's quota."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # cgroup v2: "max", or a quota and its period
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
-    return min(cores, 61) if os.name == "nt" else cores
+    return cores
 
 
 def parse_args(argv: Sequence[str] | None = None) -> None:
@@ -2066,9 +2084,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             return fail(str(error))
         except torch.OutOfMemoryError:
-            return fail(
-                f"The GPU has too little memory: lower BATCH_SIZE ({BATCH_SIZE}), start anew."
-            )
+            return fail(f"The GPU's memory is full: lower BATCH_SIZE ({BATCH_SIZE}), start anew.")
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):
+                raise
+            return fail(f"Memory is full: lower BATCH_SIZE ({BATCH_SIZE}), start anew.")
         except OSError as error:
             what = f"{error.filename or OUTPUT_DIR}: {error.strerror or error}"
             return fail(f"{what}. Fix this, set RESUME = True and run again.")

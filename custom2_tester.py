@@ -85,6 +85,7 @@ FFMPEG_SUFFIXES = (".m4a", ".mp4", ".m4b", ".webm", ".mkv", ".mov", ".wma", ".aa
 PLAYABLE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4", ".webm", ".aac")
 MAX_DECODED = 2**27  # samples of all channels that are decoded at once: 512 MB
 MAX_NAME_BYTES = 255  # of a file name, on every usual file system
+MAX_PROCESSES = 61 if os.name == "nt" else 10_000  # Windows waits for no more
 DEFAULT_MODEL = Path(__file__).resolve().parent / "tests" / "pretrained" / "crema_d.pth"
 SILENCE_DB = -100.0  # the least that mel_generator.py writes
 FORMAT_VERSION = 2  # of best_model.pth
@@ -189,7 +190,8 @@ def decode_with_ffmpeg(path: Path, wav: Path, seconds: float | None = None) -> f
     command = ["ffmpeg", "-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info", "-y"]
     command += ["-protocol_whitelist", "file", "-i", path.absolute(), "-vn"]
     command += ["-af", "asetpts=N/SR/TB"]  # sound that starts later than its video counts from 0
-    command += [] if seconds is None else ["-t", f"{seconds:.3f}"]
+    if seconds is not None:
+        command += ["-t", f"{seconds:.3f}"]
     command += ["-c:a", "pcm_f32le", "-rf64", "auto", wav.absolute()]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
@@ -237,6 +239,16 @@ def open_sound(path: Path) -> soundfile.SoundFile:
     return file if repaired is None else soundfile.SoundFile(repaired)
 
 
+def check_header(file: soundfile.SoundFile) -> None:
+    """Raises AudioError for a sampling rate or a length that no recording has."""
+    if not 1000 <= file.samplerate <= 1_000_000:
+        raise AudioError(f"unreadable: a sampling rate of {file.samplerate} Hz")
+    if file.frames > 2**40:  # libsndfile's mark for a length that the header does not tell
+        raise AudioError(
+            "unreadable: its header does not tell its length; convert it: ffmpeg -i this new.wav"
+        )
+
+
 def check_duration(duration: float, max_duration: float) -> None:
     """Raises AudioError for a file that is longer than --max_duration, in seconds."""
     if duration > max_duration:
@@ -249,13 +261,8 @@ def read_samples(
     file: soundfile.SoundFile, start: float, seconds: float | None, max_duration: float
 ) -> np.ndarray:
     """`seconds` of an open file from `start` on, or all the rest: float32 (frames, channels)."""
+    check_header(file)
     rate = file.samplerate
-    if not 1000 <= rate <= 1_000_000:
-        raise AudioError(f"unreadable: a sampling rate of {rate} Hz")
-    if file.frames > 2**40:  # libsndfile's mark for a length that the header does not tell
-        raise AudioError(
-            "unreadable: its header does not tell its length; convert it: ffmpeg -i this new.wav"
-        )
     check_duration(file.frames / rate, max_duration)
     first = int(start * rate)
     n_frames = max(0, file.frames - first)
@@ -368,10 +375,10 @@ def load_audio(
 def wrong_mel_settings(settings: dict) -> str:
     """What is wrong with mel settings, in words; "" if nothing is."""
     shown = {name: reprlib.repr(value) for name, value in settings.items()}
-    whole = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
-    for name, (least, most) in whole.items():
-        if type(settings[name]) is not int or not least <= settings[name] <= most:
-            return f"{name} is {shown[name]}: must be a whole number, {least:,} to {most:,}"
+    ranges = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
+    for name, (low, high) in ranges.items():
+        if type(settings[name]) is not int or not low <= settings[name] <= high:
+            return f"{name} is {shown[name]}: must be a whole number, {low:,} to {high:,}"
     n_fft = settings["n_fft"]
     if settings["n_mels"] > n_fft // 2:
         return f"n_mels is {shown['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
@@ -380,7 +387,8 @@ def wrong_mel_settings(settings: dict) -> str:
     fmin = settings["fmin"]
     fmax = settings["fmax"]
     nyquist = settings["sample_rate"] / 2
-    if {type(fmin), type(fmax)} - {int, float} or not 0 <= fmin < fmax <= nyquist:
+    are_numbers = type(fmin) in (int, float) and type(fmax) in (int, float)
+    if not are_numbers or not 0 <= fmin < fmax <= nyquist:
         return (
             f"fmin is {shown['fmin']}, fmax {shown['fmax']}: must be 0 <= fmin < fmax <= "
             f"{nyquist:g} Hz, half of sample_rate"
@@ -621,13 +629,6 @@ def head_logits(model: EmotionClassifier, embeddings: Tensor, device: torch.devi
         return model.head(embeddings.to(device)).cpu()
 
 
-def predict_logits(
-    model: EmotionClassifier, mels: list[Tensor], batch_size: int, device: torch.device
-) -> Tensor:
-    """Float32 logits (clips, classes), on the CPU, of normalised log-mels (frames, mel bands)."""
-    return head_logits(model, encode_clips(model, mels, batch_size, device), device)
-
-
 def clip_level(mel: np.ndarray) -> float:
     """Level of a clip's louder parts, dB: 95th percentile over time of the mean power of the bands.
 
@@ -832,7 +833,7 @@ def gpu_or_cpu(cpu: bool) -> torch.device:
         try_device(device)
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
-        raise UserError(f"The GPU cannot be used ({reason}): give --cpu.") from error
+        raise UserError(f"The GPU cannot be used ({reason}): add --cpu.") from error
     return device
 
 
@@ -904,7 +905,7 @@ def find_input(input_dir: Path) -> tuple[Path, list[str], dict[str, str]]:
             "folder below it."
         )
     if n_ignored:
-        print(f"{count(n_ignored, 'file')} named ._* passed over: macOS's notes, not sound.")
+        print(f"Ignored {count(n_ignored, 'file')} named ._*: macOS's notes, not sound.")
     return input_dir, paths, closed
 
 
@@ -913,8 +914,7 @@ def sound_length(path: Path) -> float:
     check_file(path)
     try:
         with open_sound(path) as file:
-            if file.frames > 2**40:  # the header does not tell: reading says so
-                return 0.0
+            check_header(file)
             return file.frames / file.samplerate
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise AudioError(f"unreadable: {getattr(error, 'error_string', error)}") from error
@@ -952,7 +952,7 @@ def list_windows(
             yield Window(path, source, start, len(starts), error)
 
 
-class HeardWindow(NamedTuple):
+class WindowSpectrogram(NamedTuple):
     """The spectrogram of a window, and what was measured on the way."""
 
     mel: np.ndarray | None  # float32 (mel bands, frames), with the gain; None where it failed
@@ -961,10 +961,10 @@ class HeardWindow(NamedTuple):
     error: str
 
 
-def read_window(window: Window, mel_config: dict, options: RunOptions) -> HeardWindow:
+def read_window(window: Window, mel_config: dict, options: RunOptions) -> WindowSpectrogram:
     """Log-mel spectrogram of a window, or what is wrong with it."""
     if window.error:
-        return HeardWindow(None, math.nan, math.nan, window.error)
+        return WindowSpectrogram(None, math.nan, math.nan, window.error)
     rate = mel_config["sample_rate"]
     hop_length = mel_config["hop_length"]
     seconds = options.seconds(mel_config)
@@ -973,11 +973,11 @@ def read_window(window: Window, mel_config: dict, options: RunOptions) -> HeardW
         if options.gain_db:
             samples = samples * np.float32(10 ** (options.gain_db / 20))
         mel = log_mel(samples, **mel_config)[:, : options.max_width]
-        return HeardWindow(mel, duration, clip_level(mel.T) - options.gain_db, "")
+        return WindowSpectrogram(mel, duration, clip_level(mel.T) - options.gain_db, "")
     except AudioError as error:
-        return HeardWindow(None, math.nan, math.nan, str(error))
+        return WindowSpectrogram(None, math.nan, math.nan, str(error))
     except MemoryError:
-        return HeardWindow(None, math.nan, math.nan, "too long for this machine's memory")
+        return WindowSpectrogram(None, math.nan, math.nan, "too long for this machine's memory")
 
 
 def prefetch(
@@ -1002,9 +1002,10 @@ def prefetch(
 def fill_floor(mel: Tensor, floor: Tensor) -> Tensor:
     """Adds the noise that a clip's bands lack against a floor, evenly over its frames.
 
-    So the silence of a suppressor or a studio is not seen; digital silence lacks all of it. mel:
-    dB (frames, mel bands); floor: dB (mel bands). The noise's power is the mean of two exponential
-    draws, in dB as uneven as CREMA-D's pauses, and the same at every call.
+    This hides the silence that noise suppression or a studio leaves; frames of digital silence
+    get the whole floor. mel: dB (frames, mel bands); floor: dB (mel bands). The noise's power is
+    the mean of two exponential draws, in dB as uneven as CREMA-D's pauses, and the same at every
+    call.
     """
     target = 10 ** (floor / 10)
     lacking = target - 10 ** (noise_floor(mel[None], torch.tensor([len(mel)])) / 10)
@@ -1089,15 +1090,15 @@ def run_options(args: argparse.Namespace, checkpoint: dict) -> RunOptions:
     return options
 
 
-def spread_evenly(items: list[Any], most: int) -> list[Any]:
-    """At most so many of the items, evenly spread over the list."""
-    index = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
+def spread_evenly(items: list[Any], n: int) -> list[Any]:
+    """At most n of the items, evenly spread over the list."""
+    index = np.linspace(0, len(items) - 1, min(len(items), n)).round().astype(int)
     return [items[i] for i in index]
 
 
-def hear_windows(
+def sample_windows(
     path: str, folder: Path, mel_config: dict, options: RunOptions
-) -> list[HeardWindow]:
+) -> list[WindowSpectrogram]:
     """Up to LEVEL_WINDOWS of a file's windows, evenly spread, that can be read."""
     with tempfile.TemporaryDirectory() as temporary:
         windows = list(list_windows([path], folder, options, Path(temporary)))
@@ -1120,7 +1121,7 @@ def measure_folder(
     median over those that are no pauses.
     """
     sample = spread_evenly(paths, LEVEL_FILES)
-    hear = functools.partial(hear_windows, folder=folder, mel_config=mel_config, options=options)
+    hear = functools.partial(sample_windows, folder=folder, mel_config=mel_config, options=options)
     levels = []
     distances = []
     with tqdm(total=len(sample), desc="Measuring the level", unit="file", leave=False) as bar:
@@ -1252,13 +1253,14 @@ def classify_files(
 def result_row(predictions: list[WindowPrediction], checkpoint: dict, options: RunOptions) -> dict:
     """A file's row of classification_results.csv: the mean over its windows.
 
-    Of a recording with sound, a window of silence is a pause, and one without samples lies past an
-    end that the header told wrongly (some MP3); other damage is the file's error.
+    Of a recording with sound, a window of silence is a pause, and one with no or too few samples
+    lies at an end that the header told wrongly (some MP3); other damage is the file's error.
     """
     row: dict = {"file": predictions[0].window.path}
     good = [p for p in predictions if not p.error]
     errors = [p.error for p in predictions if p.error]
-    if damage := [e for e in errors if not (good and e.startswith(("silent", "empty")))]:
+    harmless = ("silent", "empty", "shorter") if good else ()
+    if damage := [error for error in errors if not error.startswith(harmless)]:
         return row | {"error": damage[0]}
     probabilities = np.mean([p.probabilities for p in good], axis=0)
     top = int(probabilities.argmax())
@@ -1439,11 +1441,6 @@ def drawing_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         signal.signal(signal.SIGINT, handler)
     try:
         yield pool
-    except BrokenProcessPool:
-        raise UserError(
-            "A drawing process was killed, most often because memory ran out: run again with "
-            "--resume and fewer --workers."
-        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -1565,7 +1562,7 @@ def write_report(
     is_known = labelled.speaker.map(lambda name: clean(name.strip()).casefold()).isin(speakers)
     if is_known.any():
         figures += f"\nNot a fair test: {is_known.sum():,} of them "
-        figures += "are by speakers that trained this model."
+        figures += "are by speakers that trained or validated this model."
     print(figures)
     occurring = [name for name in names if name in set(true)]
     report = classification_report(true, predicted, labels=occurring, zero_division=0, digits=3)
@@ -1637,7 +1634,7 @@ def write_page(
     n_right = n_labelled - sum(map(is_mistake, rows))
     summary = count(len(rows), "file")
     if n_labelled:
-        summary += f", {n_right} of {n_labelled} labelled ones right"
+        summary += f", {n_right} of {n_labelled} labelled files right"
     mistakes_first = sorted(rows, key=is_mistake, reverse=True)
     options = "".join(f"<option>{html.escape(name)}</option>" for name in names)
     page = PAGE.substitute(
@@ -1981,8 +1978,8 @@ def folder_lock(
         except BlockingIOError:
             if exclusive:
                 raise UserError(
-                    f"{folder} is in use: another run is writing there. Wait for its end, or name "
-                    "another folder."
+                    f"{folder} is in use: another run is writing there. Wait until it ends, or "
+                    "name another folder."
                 ) from None
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         except OSError as error:  # a file system without locks
@@ -2096,7 +2093,7 @@ def find_labels(
         labels = {path: by_path[nfc(path)] for path in paths if nfc(path) in by_path}
         if unknown := sorted(by_path.keys() - set(map(nfc, paths))):
             shown = ", ".join(unknown[:3]) + (" …" if len(unknown) > 3 else "")
-            print(f"Note: {count(len(unknown), 'row')} of {table} without such a file: {shown}")
+            print(f"Note: {count(len(unknown), 'row')} of {table} match no file: {shown}")
         return labels
     for path in paths:
         fields = PurePosixPath(path).stem.split("_")
@@ -2180,12 +2177,12 @@ class Results:
         """Where a table, or with ".partial" its beginning, stands."""
         return self.folder / f"{kind}.csv{ending}"
 
-    def take_up(self, folder: Path, paths: set[str]) -> dict[str, list[dict[str, str]]]:
+    def resume(self, folder: Path, paths: set[str]) -> dict[str, list[dict[str, str]]]:
         """The rows of classified files that earlier runs of this model and options left there.
 
         An interrupted run's come first. Raises UserError if all that is there is of other options.
         """
-        taken: dict[str, list[dict[str, str]]] = {kind: [] for kind in self.columns}
+        resumed: dict[str, list[dict[str, str]]] = {kind: [] for kind in self.columns}
         refused = ""
         is_ours = False
         for ending in (".partial", ""):
@@ -2203,27 +2200,29 @@ class Results:
             is_ours = True
             done = {path for path, row in rows.items() if row["predicted_class"]} & paths
             paths = paths - done
-            taken[RESULTS] += [rows[path] for path in sorted(done)]
+            resumed[RESULTS] += [rows[path] for path in sorted(done)]
             if "segments" in self.columns:
                 segments = read_rows(folder / f"segments.csv{ending}")
-                taken["segments"] += [row for row in segments if row["file"] in done]
+                resumed["segments"] += [row for row in segments if row["file"] in done]
         if refused and not is_ours:
             raise UserError(
                 f"--resume: another model or other options made {refused}. Give the same again, "
                 "delete that table, or leave --resume out to start anew."
             )
-        return taken
+        return resumed
 
     def changes(self, path: Path) -> dict[str, str]:
         """What differs from the model and options that a run.json tells: "OLD, now NEW" by name."""
         check_regular(path)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            before = {"model": found["model_sha256"]} | found["options"]
-            before["visualize"] = found["visualize"] or not self.note["visualize"]
+            before = {"model": found["model_sha256"], "visualize": found["visualize"]}
+            before |= found["options"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            before = {}
-        now = {"model": self.note["model_sha256"], "visualize": True} | self.note["options"]
+            return {"run.json": "missing or unreadable"}
+        now = {"model": self.note["model_sha256"]} | self.note["options"]
+        if self.note["visualize"]:  # rows without pictures will not do
+            now["visualize"] = True
         for name in ("gain_db", "fill_db"):
             both = (before.get(name), now[name])
             is_number = all(type(value) in (int, float) for value in both)
@@ -2232,17 +2231,17 @@ class Results:
         differ = [name for name in now if before.get(name) != now[name]]
         return {name: f"{before.get(name)}, now {now[name]}" for name in differ}
 
-    def begin(self, taken: dict[str, list[dict[str, str]]]) -> None:
-        """Begins the .partial files with the rows that are taken up."""
+    def begin(self, resumed: dict[str, list[dict[str, str]]]) -> None:
+        """Begins the .partial files with the rows of --resume."""
         for folder in (self.folder, *self.folder.glob("mel_spectrograms/**/")):
             remove_leftovers(folder)
-        if not taken:
+        if not resumed or self.changes(self.folder / "run.json.partial"):
             for kind in (RESULTS, "segments"):
                 self.path(kind, ".partial").unlink(missing_ok=True)
         note = json.dumps(self.note, indent=2) + "\n"
         write_text(self.folder / "run.json.partial", note)
         for kind, columns in self.columns.items():
-            write_csv(self.path(kind, ".partial"), columns, taken.get(kind, []))
+            write_csv(self.path(kind, ".partial"), columns, resumed.get(kind, []))
 
     def append(self, rows: dict[str, list[dict]]) -> None:
         """Adds rows to the .partial files: on disk as each batch is done."""
@@ -2312,22 +2311,22 @@ def find_shards(output_dir: Path) -> list[Path]:
     return [path for path in folders if re.fullmatch(r"shard_\d+_of_\d+", path.name)]
 
 
-def take_up_all(
+def resume_all(
     results: Results, paths: list[str], args: argparse.Namespace
 ) -> dict[str, list[dict[str, str]]]:
     """The finished rows of earlier runs: of this folder and, unless it is a shard's, of shards."""
     wanted = set(paths)
     if args.visualize:  # a file without its picture is done again
         wanted = {path for path in paths if (args.output_dir / picture_path(path)).exists()}
-    taken = results.take_up(results.folder, wanted)
+    resumed = results.resume(results.folder, wanted)
     if args.shard:
-        return taken
+        return resumed
     for folder in find_shards(args.output_dir):
         with folder_lock(folder):  # UserError if that shard is still at work
-            left = wanted - {row["file"] for row in taken[RESULTS]}
-            for kind, rows in results.take_up(folder, left).items():
-                taken[kind] += rows
-    return taken
+            left = wanted - {row["file"] for row in resumed[RESULTS]}
+            for kind, rows in results.resume(folder, left).items():
+                resumed[kind] += rows
+    return resumed
 
 
 def begin_results(
@@ -2337,11 +2336,11 @@ def begin_results(
 
     Returns the paths that have their row.
     """
-    taken = take_up_all(results, paths, args) if args.resume else {}
-    results.begin(taken)
+    resumed = resume_all(results, paths, args) if args.resume else {}
+    results.begin(resumed)
     closed_rows = [{"file": path, "error": closed[path]} for path in paths if path in closed]
     results.append({RESULTS: closed_rows})
-    return {row["file"] for row in [*taken.get(RESULTS, []), *closed_rows]}
+    return {row["file"] for row in [*resumed.get(RESULTS, []), *closed_rows]}
 
 
 def classify_all(
@@ -2372,25 +2371,21 @@ def classify_all(
             pictures.append(picture)
         if max(map(len, rows.values())) >= BATCHES_AHEAD * args.batch_size:
             write_batch(results, rows, pictures)
+            rows = {kind: [] for kind in results.columns}
+            pictures = []
     write_batch(results, rows, pictures)
     if not args.input_dir.exists():
-        raise UserError(
-            f"--input_dir {args.input_dir} went away during the run: bring it back and run again "
-            "with --resume."
-        )
+        raise OSError(None, "--input_dir disappeared during the run", str(args.input_dir))
     return embeddings
 
 
 def write_batch(
     results: Results, rows: dict[str, list[dict]], pictures: list[Future[None]]
 ) -> None:
-    """Writes rows once their pictures are drawn, and empties both."""
+    """Writes rows once their pictures are drawn."""
     for picture in pictures:
         picture.result()
-    pictures.clear()
     results.append(rows)
-    for batch in rows.values():
-        batch.clear()
 
 
 def write_embeddings(output_dir: Path, rows: list[dict], embeddings: dict[str, np.ndarray]) -> None:
@@ -2403,19 +2398,20 @@ def write_embeddings(output_dir: Path, rows: list[dict], embeddings: dict[str, n
 
 
 def remove_earlier(
-    args: argparse.Namespace, earlier: set[str], taken: set[str], rows: list[dict]
+    args: argparse.Namespace, earlier: set[str], resumed: set[str], rows: list[dict]
 ) -> None:
     """Deletes what earlier runs left in --output_dir that is not of the new table.
 
-    earlier: the files of the last table; taken: those whose rows this run took up.
+    earlier: files that may have a picture; resumed: those that were not classified again.
     """
     names = ["summary.csv", "confidence_distribution.png", "confusion_matrix.png"]
     names += ["classification_report.txt", "report.html", "embeddings.npy"]
-    names += [] if args.segments else ["segments.csv"]
+    if not args.segments:
+        names.append("segments.csv")
     for name in names:
         (args.output_dir / name).unlink(missing_ok=True)
     answered = {row["file"] for row in rows if row["predicted_class"]}
-    pictured = answered if args.visualize else answered & taken
+    pictured = answered if args.visualize else answered & resumed
     for path in earlier - pictured:
         (args.output_dir / picture_path(path)).unlink(missing_ok=True)
     if args.resume:
@@ -2459,14 +2455,14 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, its container's quota, 61 on Windows."""
+    """Cores that this process may use, by its affinity and its container's quota."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # cgroup v2: "max", or a quota and its period
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
-    return min(cores, 61) if os.name == "nt" else cores
+    return cores
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -2475,7 +2471,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--input_dir", type=Path, required=True, help="folder of sound files, or one file")
-    model_help = "best_model.pth of cremad_custom2.py (the one beside this)"
+    model_help = "best_model.pth of cremad_custom2.py (tests/pretrained/crema_d.pth)"
     add("--model_path", type=Path, default=DEFAULT_MODEL, help=model_help)
     add("--output_dir", type=Path, required=True, help="folder for the results")
     add("--max_width", type=int, help="frames; longer clips are cut (the checkpoint's, often 191)")
@@ -2485,16 +2481,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--window", type=float, default=3.0, help="--segments: seconds a window (3)")
     add("--step", type=float, default=1.5, help="--segments: seconds between starts (1.5)")
     add("--labels", type=Path, help="CSV file,emotion,...: the true emotions, instead of names")
-    adapt_help = "to the training's level and noise: auto from 20 files on, on always, off never"
+    adapt_help = "to the training's level and noise: on, off, auto (from 20 files on)"
     add("--adapt", choices=("auto", "on", "off"), default="auto", help=adapt_help)
     add("--embeddings", action="store_true", help="embeddings.npy: what the model's head reads")
     add("--min_confidence", type=float, metavar="P", help="0 to 1: below it, `uncertain` is yes")
     add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, then --resume")
     add("--batch_size", type=int, default=64, help="files classified together (64)")
-    add("--workers", type=int, default=usable_cores(), help="that read and draw (all cores)")
-    add("--resume", action="store_true", help="take up the rows that earlier runs or shards left")
+    add("--workers", type=int, default=usable_cores(), help="to read and to draw (all cores)")
+    add("--resume", action="store_true", help="keep earlier runs' and shards' rows, do the rest")
     add("--strict", action="store_true", help="exit status 1 if any file failed")
     args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with status 2 for values out of range and options that exclude each other."""
     for name in ("max_width", "batch_size", "workers"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -2504,15 +2506,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(args, name)}: must be 0.1 to 3600 seconds")
     if args.min_confidence is not None and not 0 <= args.min_confidence <= 1:
         parser.error(f"--min_confidence is {args.min_confidence}: must be 0 to 1")
-    if args.step > args.window:
-        parser.error(f"--step {args.step:g} is longer than --window {args.window:g}: gaps between")
     if args.model_path == DEFAULT_MODEL and not DEFAULT_MODEL.is_file():
         parser.error(f"--model_path is needed: there is no {DEFAULT_MODEL}")
     if args.embeddings and (args.shard or args.resume):
         parser.error("--embeddings needs all files in one run: leave out --shard and --resume")
     if not args.segments and (args.window, args.step) != (3.0, 1.5):
         parser.error("--window and --step are for --segments: give that too")
-    return args
+    if args.step > args.window:
+        parser.error(
+            f"--step {args.step:g} is longer than --window {args.window:g}, which would leave "
+            f"gaps: give --step, at most {args.window:g}"
+        )
 
 
 def fail(message: str, status: int = 1) -> int:
@@ -2525,7 +2529,8 @@ def classify_folder(args: argparse.Namespace) -> int:
     """Loads the model, classifies, draws, sums up; returns the exit status."""
     started = time.perf_counter()
     folder, found, closed = find_input(args.input_dir)
-    with drawing_pool(min(args.workers, len(found)) if args.visualize else 0) as pool:
+    n_drawing = min(args.workers, len(found), MAX_PROCESSES) if args.visualize else 0
+    with drawing_pool(n_drawing) as pool:
         device = gpu_or_cpu(args.cpu)
         model, checkpoint = load_model(args.model_path, device)
         options = run_options(args, checkpoint)
@@ -2549,7 +2554,7 @@ def classify_folder(args: argparse.Namespace) -> int:
             embeddings = classify_all(files, results, checkpoint, options, args, pool, labels)
             rows = results.publish(paths, labels)
             if not args.shard:
-                remove_earlier(args, earlier, done, rows)
+                remove_earlier(args, earlier | set(paths), done, rows)
                 report_folder(args, folder, rows, checkpoint, options, embeddings, level_note)
             seconds = round(time.perf_counter() - started, 1)
             details = results.note | {"device": str(device), "seconds": seconds}
@@ -2557,7 +2562,7 @@ def classify_folder(args: argparse.Namespace) -> int:
     print_closing(args, results.path(RESULTS), seconds)
     failed = [row for row in rows if row["error"]]
     if rows and len(failed) == len(rows):
-        raise UserError(f"No file could be classified, the first because: {failed[0]['error']}")
+        raise UserError(f"No file could be classified. The first error: {failed[0]['error']}")
     return 1 if args.strict and failed else 0
 
 
@@ -2569,6 +2574,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         torch.backends.cudnn.allow_tf32 = False  # one answer on CPU and GPU
+        again = "run again" if args.embeddings else "run again with --resume"
         try:
             # Threads read: numpy's own, beside them and torch's, would take a quarter of the speed.
             numpy_blas = threadpoolctl.ThreadpoolController().select(prefix="libscipy_openblas")
@@ -2578,16 +2584,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             return fail(str(error))
         except torch.OutOfMemoryError:
-            return fail("The GPU's memory is full: --resume with a lower --batch_size, or --cpu.")
+            return fail(f"The GPU's memory is full: {again} and a lower --batch_size, or --cpu.")
+        except BrokenProcessPool:
+            why = "A drawing process was killed, most often because memory ran out"
+            return fail(f"{why}: {again} and fewer --workers.")
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):
                 raise
-            return fail("Memory is full: --resume with a lower --batch_size or --max_width.")
+            remedy = f"{again} and a lower --batch_size, or start anew with a lower --max_width"
+            return fail(f"Memory is full: {remedy}.")
         except OSError as error:
             what = f"{error.filename or 'A file'}: {error.strerror or error}"
-            return fail(f"{what}. What was written stays: fix this and run again with --resume.")
+            return fail(f"{what}. Fix this and {again}.")
         except KeyboardInterrupt:
-            return fail("\nStopped. The same command with --resume goes on from there.", 130)
+            return fail(f"\nStopped. To go on, {again}.", 130)
 
 
 if __name__ == "__main__":

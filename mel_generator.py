@@ -83,6 +83,7 @@ MAX_DECODED = 2**27  # samples of all channels that are decoded at once: 512 MB
 CORPUS_CLIPS = 7442  # the whole of CREMA-D
 CORPUS_ACTORS = 91
 MAX_NAME_BYTES = 255  # of a file name, on every usual file system
+MAX_PROCESSES = 61 if os.name == "nt" else 10_000  # Windows waits for no more
 WORKER_ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # each worker has a core to itself
     "OMP_NUM_THREADS": "1",
@@ -161,7 +162,8 @@ def decode_with_ffmpeg(path: Path, wav: Path, seconds: float | None = None) -> f
     command = ["ffmpeg", "-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info", "-y"]
     command += ["-protocol_whitelist", "file", "-i", path.absolute(), "-vn"]
     command += ["-af", "asetpts=N/SR/TB"]  # sound that starts later than its video counts from 0
-    command += [] if seconds is None else ["-t", f"{seconds:.3f}"]
+    if seconds is not None:
+        command += ["-t", f"{seconds:.3f}"]
     command += ["-c:a", "pcm_f32le", "-rf64", "auto", wav.absolute()]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
@@ -209,6 +211,16 @@ def open_sound(path: Path) -> soundfile.SoundFile:
     return file if repaired is None else soundfile.SoundFile(repaired)
 
 
+def check_header(file: soundfile.SoundFile) -> None:
+    """Raises AudioError for a sampling rate or a length that no recording has."""
+    if not 1000 <= file.samplerate <= 1_000_000:
+        raise AudioError(f"unreadable: a sampling rate of {file.samplerate} Hz")
+    if file.frames > 2**40:  # libsndfile's mark for a length that the header does not tell
+        raise AudioError(
+            "unreadable: its header does not tell its length; convert it: ffmpeg -i this new.wav"
+        )
+
+
 def check_duration(duration: float, max_duration: float) -> None:
     """Raises AudioError for a file that is longer than --max_duration, in seconds."""
     if duration > max_duration:
@@ -221,13 +233,8 @@ def read_samples(
     file: soundfile.SoundFile, start: float, seconds: float | None, max_duration: float
 ) -> np.ndarray:
     """`seconds` of an open file from `start` on, or all the rest: float32 (frames, channels)."""
+    check_header(file)
     rate = file.samplerate
-    if not 1000 <= rate <= 1_000_000:
-        raise AudioError(f"unreadable: a sampling rate of {rate} Hz")
-    if file.frames > 2**40:  # libsndfile's mark for a length that the header does not tell
-        raise AudioError(
-            "unreadable: its header does not tell its length; convert it: ffmpeg -i this new.wav"
-        )
     check_duration(file.frames / rate, max_duration)
     first = int(start * rate)
     n_frames = max(0, file.frames - first)
@@ -340,10 +347,10 @@ def load_audio(
 def wrong_mel_settings(settings: dict) -> str:
     """What is wrong with mel settings, in words; "" if nothing is."""
     shown = {name: reprlib.repr(value) for name, value in settings.items()}
-    whole = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
-    for name, (least, most) in whole.items():
-        if type(settings[name]) is not int or not least <= settings[name] <= most:
-            return f"{name} is {shown[name]}: must be a whole number, {least:,} to {most:,}"
+    ranges = {"sample_rate": (1000, 1_000_000), "n_fft": (16, 65_536), "n_mels": (1, 1024)}
+    for name, (low, high) in ranges.items():
+        if type(settings[name]) is not int or not low <= settings[name] <= high:
+            return f"{name} is {shown[name]}: must be a whole number, {low:,} to {high:,}"
     n_fft = settings["n_fft"]
     if settings["n_mels"] > n_fft // 2:
         return f"n_mels is {shown['n_mels']}: must be at most half of n_fft, {n_fft // 2}"
@@ -352,7 +359,8 @@ def wrong_mel_settings(settings: dict) -> str:
     fmin = settings["fmin"]
     fmax = settings["fmax"]
     nyquist = settings["sample_rate"] / 2
-    if {type(fmin), type(fmax)} - {int, float} or not 0 <= fmin < fmax <= nyquist:
+    are_numbers = type(fmin) in (int, float) and type(fmax) in (int, float)
+    if not are_numbers or not 0 <= fmin < fmax <= nyquist:
         return (
             f"fmin is {shown['fmin']}, fmax {shown['fmax']}: must be 0 <= fmin < fmax <= "
             f"{nyquist:g} Hz, half of sample_rate"
@@ -669,8 +677,8 @@ def folder_lock(
         except BlockingIOError:
             if exclusive:
                 raise UserError(
-                    f"{folder} is in use: another run is writing there. Wait for its end, or name "
-                    "another folder."
+                    f"{folder} is in use: another run is writing there. Wait until it ends, or "
+                    "name another folder."
                 ) from None
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         except OSError as error:  # a file system without locks
@@ -712,7 +720,7 @@ def find_clips(input_dir: Path, table: Path | None) -> tuple[list[Clip], dict[st
             f"--input_dir {input_dir} holds no sound file ({suffixes}), nor does any folder below."
         )
     if n_ignored:
-        print(f"{count(n_ignored, 'file')} named ._* passed over: macOS's notes, not sound.")
+        print(f"Ignored {count(n_ignored, 'file')} named ._*: macOS's notes, not sound.")
     labels = read_label_table(table) if table else None
     max_stem = MAX_NAME_BYTES - max(len(f"_{variant}.npy") for variant in VARIANTS)
     clips: dict[str, Clip] = {}  # by stem
@@ -968,7 +976,7 @@ def run_in_workers(
     tasks: list[Task], args: argparse.Namespace
 ) -> Iterator[tuple[Task, str | None]]:
     """Runs process_clips in worker processes; yields each task with its reason, as it is done."""
-    n_workers = min(args.workers, len(tasks))
+    n_workers = min(args.workers, len(tasks), MAX_PROCESSES)
     queue = iter(tasks)
     pending: dict[Any, list[Task]] = {}
     pool = start_pool(n_workers)
@@ -1001,9 +1009,7 @@ def make_spectrograms(tasks: list[Task], args: argparse.Namespace) -> dict[str, 
         if reason:
             skipped[task.clip.path] = reason
     if not args.input_dir.is_dir():
-        raise UserError(
-            f"--input_dir {args.input_dir} went away during the run: bring it back and run again."
-        )
+        raise OSError(None, "--input_dir disappeared during the run", str(args.input_dir))
     return skipped
 
 
@@ -1025,7 +1031,7 @@ def print_corpus_note(clips: list[Clip]) -> None:
     is_whole = (len(clips), len(actors)) == (CORPUS_CLIPS, CORPUS_ACTORS)
     if not is_whole and any(re.fullmatch(r"10\d\d", actor) for actor in actors):
         print(
-            f"Note: if this is CREMA-D, it is not all of it: {len(clips):,} clips of "
+            f"Note: if this is CREMA-D, it is incomplete: {len(clips):,} clips of "
             f"{CORPUS_CLIPS:,}, {count(len(actors), 'actor')} of {CORPUS_ACTORS}."
         )
 
@@ -1054,7 +1060,7 @@ def print_empty_bands(settings: dict) -> None:
                 break
     advice = f": take {' or '.join(remedies)}" if remedies else ""
     bands = count(n_mels, "mel band")
-    print(f"Note: {n_empty} of {bands} hold no STFT bin and tell nothing{advice}.")
+    print(f"Note: {n_empty} of {bands} are empty, as no STFT bin falls into them{advice}.")
 
 
 def print_table(spectrograms: Iterable[str]) -> None:
@@ -1095,14 +1101,14 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, its container's quota, 61 on Windows."""
+    """Cores that this process may use, by its affinity and its container's quota."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # cgroup v2: "max", or a quota and its period
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
-    return min(cores, 61) if os.name == "nt" else cores
+    return cores
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -66,7 +66,7 @@ def clips():
 
 def logits_of(path, clips):
     model, _ = tester.load_model(path, CPU)
-    return tester.predict_logits(model, clips, 8, CPU)
+    return trainer.predict_logits(model, clips, 8, CPU)
 
 
 def refusal(path):
@@ -391,7 +391,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(trained, tmp_path, clips):
             n_refused += 1
             continue
         assert same(found, whole), position
-        logits = tester.predict_logits(model, clips[:2], 8, CPU)
+        logits = trainer.predict_logits(model, clips[:2], 8, CPU)
         assert torch.equal(logits, expected), position
     assert n_refused > 150
 
@@ -578,9 +578,9 @@ def test_float16_files_load_and_compute_as_float32(checkpoint, trained, tmp_path
     assert path.stat().st_size < 0.6 * (trained / "best_model.pth").stat().st_size
     model, _ = tester.load_model(path, CPU)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    found = tester.predict_logits(model, clips, 8, CPU)
+    found = trainer.predict_logits(model, clips, 8, CPU)
     model.load_state_dict({k: v.float() for k, v in half.items()})
-    assert torch.equal(found, tester.predict_logits(model, clips, 8, CPU))
+    assert torch.equal(found, trainer.predict_logits(model, clips, 8, CPU))
     expected = logits_of(trained / "best_model.pth", clips)
     assert (found - expected).abs().max() < 0.02 * expected.abs().max() + 0.01
     assert (expected.max(0).values - expected.min(0).values).max() > 0.01, "a model of one answer"

@@ -957,7 +957,7 @@ def test_an_input_folder_that_goes_away_is_told(clips, tmp_path, monkeypatch):
 
     monkeypatch.setattr(gen, "run_in_workers", take_away)
     text = generate(clips, tmp_path / "out", *QUICK, code=1)
-    assert "went away" in text
+    assert "disappeared" in text
     assert not (tmp_path / "out/skipped.csv").exists()
 
 

@@ -324,7 +324,7 @@ def test_harm_input_vanishes(many, trained, tmp_path, name):
         lambda: any(out.rglob("*.npy")) or (partial.exists() and partial.stat().st_size > 999)
     )
     folder.rename(gone)
-    assert "went away" in finish(process, 1)
+    assert "disappeared" in finish(process, 1)
     gone.rename(folder)
     if name == "custom2_tester":
         text = classify(folder, model, out, "--resume")

@@ -89,7 +89,7 @@ def test_where_nothing_ends_empty_mel_bands_nothing_is_advised(capsys):
     values = {"sample_rate": 16000, "n_fft": 2048, "hop_length": 512, "n_mels": 128}
     generator.print_empty_bands(values | {"fmin": 1000.0, "fmax": 1000.1})
     text = capsys.readouterr().out
-    assert text.startswith("Note: 12") and text.endswith("tell nothing.\n")
+    assert text.startswith("Note: 12") and text.endswith("falls into them.\n")
 
 
 def test_the_generator_warns_of_empty_mel_bands_and_the_defaults_have_none(corpus, tmp_path):

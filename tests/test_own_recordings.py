@@ -530,7 +530,7 @@ def test_the_level_is_that_of_files_spread_evenly_over_the_folder(monkeypatch, c
 
     def note(window, mel_config, options):
         read.append(window.path)
-        return tester.HeardWindow(np.full((4, 9), -30.0, np.float32), 1.0, 1.0, "")
+        return tester.WindowSpectrogram(np.full((4, 9), -30.0, np.float32), 1.0, 1.0, "")
 
     monkeypatch.setattr(tester, "read_window", note)
     paths = sorted(path.name for path in corpus.iterdir())
@@ -682,7 +682,7 @@ def test_suppressed_noise_is_filled_as_numpy_would(cleaned, model, tmp_path):
     above = np.median(levels) - checkpoint["level"]["median"]
     assert options["fill_db"] == pytest.approx(above, abs=0.01)
     network, _ = tester.load_model(model, CPU)
-    logits = tester.predict_logits(network, clips, 8, CPU) / checkpoint["temperature"]
+    logits = trainer.predict_logits(network, clips, 8, CPU) / checkpoint["temperature"]
     expected = logits.softmax(1).numpy()
     assert answers(tmp_path / "auto") == pytest.approx(expected, abs=1e-3)
     classify(cleaned, model, tmp_path / "off", "--adapt", "off")
@@ -887,7 +887,7 @@ def test_fine_tuning_starts_from_the_models_weights_and_normalisation(tuned, mod
     network.load_state_dict(after | {name: before[name] for name in buffers})
     first, _ = tester.load_model(model, CPU)
     clips = [torch.randn(n, 128, generator=torch.Generator().manual_seed(n)) for n in (40, 90)]
-    old, new = (tester.predict_logits(m, clips, 2, CPU) for m in (first, network))
+    old, new = (trainer.predict_logits(m, clips, 2, CPU) for m in (first, network))
     assert new == pytest.approx(old, abs=1e-5)
 
 
@@ -902,10 +902,10 @@ def test_the_validation_of_a_fine_tuning_begins_where_the_model_stood(others, tu
     mels = [torch.from_numpy(np.load(path).T) for path in paths]
     clips = [tester.normalize(mel, start["normalization"]) for mel in mels]
     networks = [tester.load_model(path, CPU)[0] for path in (model, tuned / "best_model.pth")]
-    old, new = (tester.predict_logits(network, clips, 4, CPU) for network in networks)
+    old, new = (trainer.predict_logits(network, clips, 4, CPU) for network in networks)
     torch.manual_seed(0)
     fresh = trainer.EmotionClassifier(**start["model_config"]).eval()
-    nothing = tester.predict_logits(fresh, clips, 4, CPU)
+    nothing = trainer.predict_logits(fresh, clips, 4, CPU)
     assert (new - old).abs().mean() < 0.5 * (nothing - old).abs().mean()
 
 
@@ -967,10 +967,10 @@ def test_add_floor_that_the_model_to_fine_tune_decides_is_told(model, mels, tmp_
         ("mel_config", lambda c: c["mel_config"].update(fmax=7000.0)),
         ("format_version", lambda c: c.update(format_version=1)),
         ("classes", lambda c: c["classes"].reverse()),
-        ("no whole model", lambda c: c["model_state_dict"].popitem()),
-        ("no whole model", lambda c: c.pop("speakers")),
-        ("no whole model", lambda c: c.pop("normalization")),
-        ("no whole model", lambda c: c["normalization"]["mean"].pop()),
+        ("not a complete model", lambda c: c["model_state_dict"].popitem()),
+        ("not a complete model", lambda c: c.pop("speakers")),
+        ("not a complete model", lambda c: c.pop("normalization")),
+        ("not a complete model", lambda c: c["normalization"]["mean"].pop()),
     ],
 )
 def test_a_model_that_does_not_fit_is_no_start(others, model, tmp_path, name, change):

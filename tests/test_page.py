@@ -159,7 +159,7 @@ def test_mistakes_stand_first_and_failures_are_none(site, page):
     assert found == page.rows[:3]
     assert {name for name in wrong for row in found if readable(name) in row["text"]} == set(wrong)
     text = (site[1] / "report.html").read_text(encoding="utf-8")
-    assert f"{len(CLIPS) + 1} files, 2 of 5 labelled ones right" in text
+    assert f"{len(CLIPS) + 1} files, 2 of 5 labelled files right" in text
 
 
 def test_only_what_browsers_play_gets_a_player(page):

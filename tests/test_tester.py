@@ -527,6 +527,8 @@ WRONG = {
     "workers": ("--workers", -1),
     "max_width": ("--max_width", 0),
     "min_confidence": ("--min_confidence", 1.5),
+    "give --step, at most 1": ("--segments", "--window", 1),
+    "for --segments": ("--window", 1),
     "step": ("--segments", "--step", 4),
     "window": ("--window", 5),
     "window ": ("--segments", "--window", "nan"),
@@ -825,6 +827,39 @@ def test_resume_does_not_take_an_earlier_answers_pictures_for_its_own(few, model
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
 
+def test_a_table_without_its_options_is_refused(few, model, tmp_path):
+    out = tmp_path / "out"
+    classify(few, model, out)
+    (out / "run.json").unlink()
+    text = classify(few, model, out, "--resume", code=1)
+    assert f"{out / TABLE}: run.json was missing or unreadable." in text
+
+
+def test_what_an_interrupted_run_left_goes_with_a_new_one(few, model, tmp_path):
+    out = tmp_path / "out"
+    classify(few, model, out, "--visualize", "--workers", 1)
+    interrupt(out, n_rows=3)
+    classify(few, model, out)
+    assert not list(out.glob("mel_spectrograms/*"))
+    classify(few, model, out, *HALF_SECONDS)
+    interrupt(out, n_rows=0)
+    (out / "segments.csv").rename(out / "segments.csv.partial")
+    (out / "run.json.partial").unlink()
+    classify(few, model, out, "--resume")
+    assert not list(out.glob("*.partial"))
+
+
+def test_a_stop_of_a_run_with_embeddings_advises_no_resume(few, model, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tester, "encode_clips", stop)
+    text = classify(few, model, tmp_path / "out", code=130)
+    assert "Stopped. To go on, run again with --resume." in text
+    text = classify(few, model, tmp_path / "out", "--embeddings", code=130)
+    assert "Stopped. To go on, run again." in text
+
+
 def test_full_memory_is_a_sentence_and_a_fault_of_ours_is_not(few, model, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError(words)
@@ -832,7 +867,7 @@ def test_full_memory_is_a_sentence_and_a_fault_of_ours_is_not(few, model, tmp_pa
     monkeypatch.setattr(tester, "encode_clips", fail)
     words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
     text = classify(few, model, tmp_path / "out", "--cpu", code=1)
-    assert "Memory is full: --resume with a lower --batch_size" in text
+    assert "Memory is full: run again with --resume and a lower --batch_size" in text
     words = "shapes cannot be multiplied"
     with pytest.raises(RuntimeError, match="multiplied"):
         classify(few, model, tmp_path / "other", "--cpu", code=1)
@@ -960,18 +995,26 @@ def speech(corpus, tmp_path_factory):
     return folder
 
 
-def test_a_window_past_the_end_that_a_header_told_wrongly_does_not_fail_its_file(model):
+@pytest.mark.parametrize(
+    "pause",
+    [
+        "empty: a sound file without samples",
+        "shorter than one hop: 320 samples of 512 at 16000 Hz",
+        "silent: all samples are equal",
+    ],
+)
+def test_a_window_at_the_end_that_a_header_told_wrongly_does_not_fail_its_file(model, pause):
     _, checkpoint = tester.load_model(model, torch.device("cpu"))
     options = tester.RunOptions("in", 191, True, 3.0, 1.5, None, 0.0, None)
     shares = np.array([0.5, 0.1, 0.1, 0.1, 0.1, 0.1])
     predictions = []
-    for start_s, error in ((0.0, ""), (1.5, "empty: a sound file without samples")):
+    for start_s, error in ((0.0, ""), (1.5, pause)):
         window = tester.Window("a.mp3", Path("a.mp3"), start_s, 2)
         about = (4.5, 0.0, error, shares if not error else np.full(6, np.nan), np.zeros(8))
         predictions.append(tester.WindowPrediction(window, None, *about))
     row = tester.result_row(predictions, checkpoint, options)
     assert row["predicted_code"] == "ANG"
-    assert tester.result_row(predictions[1:], checkpoint, options)["error"].startswith("empty")
+    assert tester.result_row(predictions[1:], checkpoint, options)["error"] == pause
     predictions[1] = predictions[1]._replace(error="unreadable: damaged")
     assert tester.result_row(predictions, checkpoint, options)["error"] == "unreadable: damaged"
 
@@ -1048,6 +1091,14 @@ def test_damage_within_a_recording_is_an_error_with_segments_too(model, tmp_path
         cut, nan, unknown_length = (row["error"] for row in results(tmp_path / "out"))
         assert "unreadable" in cut or "empty" in cut, cut
         assert "not finite" in nan and "does not tell its length" in unknown_length
+
+
+def test_a_damaged_sampling_rate_makes_no_windows(tmp_path):
+    """At 1 Hz a minute of samples would be 640,000 windows of 3 s."""
+    soundfile.write(tmp_path / "a.wav", np.tile(TONE, 60), 1)
+    options = tester.RunOptions("in", 191, True, 3.0, 1.5, None)
+    [window] = tester.list_windows(["a.wav"], tmp_path, options, tmp_path)
+    assert "a sampling rate of 1 Hz" in window.error
 
 
 PEAK = """

@@ -1179,7 +1179,7 @@ def test_a_resumed_run_is_the_unbroken_run(mels, whole, tmp_path):
     for path in (tmp_path / "mels").rglob("*.npy"):
         np.save(path, np.load(path) + 1)
     text = train(tmp_path, tmp_path / "mels", toy=toy, RESUME=True, EPOCHS=6, code=1)
-    assert "DATA_SHA256 was" in text
+    assert "the spectrograms in MEL_DIR, or their split, were others" in text
     assert read_history(output) == read_history(whole)
 
 
@@ -1362,6 +1362,18 @@ def test_a_loss_that_is_no_number_stops_with_a_sentence(mels, tmp_path):
     assert "lower LEARNING_RATE" in text
 
 
+def test_full_memory_is_a_sentence_and_a_fault_of_ours_is_not(mels, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(trainer, "train_epoch", fail)
+    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    assert "Memory is full: lower BATCH_SIZE" in train(tmp_path, mels, code=1)
+    words = "shapes cannot be multiplied"
+    with pytest.raises(RuntimeError, match="multiplied"):
+        train(tmp_path / "other", mels, code=1)
+
+
 def test_more_spectrograms_than_memory_holds(mels, constants, monkeypatch, tmp_path):
     """Past half of the memory they stand in a nameless file: the same numbers, no file left."""
     constants(OUTPUT_DIR=str(tmp_path), **PLAIN)
@@ -1409,16 +1421,25 @@ def test_what_makes_figures_worth_less_is_told(mels, tmp_path):
 def test_voices_on_both_sides_are_told(mels, tmp_path):
     """By clip, and where that split is given back as a table."""
     text = train(tmp_path, mels, toy=QUICK, SPLIT="clip")
-    assert "the same voices in training and test: optimistic" in text
+    assert "the same voices in training and in validation or test: optimistic" in text
     shutil.copy(tmp_path / "output/split.csv", tmp_path / "given.csv")
     text = train(tmp_path / "again", mels, toy=QUICK, SPLIT=str(tmp_path / "given.csv"))
     assert re.search(r"Note: clips of \d speakers train, others of theirs validate or test", text)
-    assert "given.csv' has the same voices in training and test: optimistic" in text
+    assert (
+        "given.csv' has the same voices in training and in validation or test: optimistic" in text
+    )
     clips = pd.DataFrame(
         {"actor": ["a", "a", "b", "c"], "split": ["train", "val", "train", "test"]}
     )
     assert trainer.shared_speakers(clips) == ["a"]
     assert trainer.shared_speakers(clips.assign(actor="unknown")) == []
+
+
+def test_more_data_is_told_without_lists_of_speakers_and_hashes():
+    before = {"SEED": 1, "SPEAKERS": ["a"], "DATA_SHA256": "0", "EPOCHS": 2}
+    now = {"SEED": 2, "SPEAKERS": ["a", "b"], "DATA_SHA256": "1", "EPOCHS": 3}
+    told = trainer.changed_settings(before, now)
+    assert told[0] == "SEED was 1, now 2" and len(told) == 2 and "MEL_DIR" in told[1]
 
 
 def test_clips_over_max_width_are_told_with_the_width_that_hears_all(mels, tmp_path):
