@@ -264,7 +264,7 @@ def list_clips(mel_dir: Path) -> pd.DataFrame:
     if not rows:
         raise UserError(
             f"MEL_DIR = {MEL_DIR!r} holds no EMO/*.npy: run mel_generator.py with --output_dir "
-            f"{MEL_DIR}"
+            f'"{MEL_DIR}"'
         )
     return pd.DataFrame(rows, columns=["path", "stem", "variant", "actor", "emotion"])
 
@@ -387,10 +387,12 @@ def read_spectrogram(path: Path, n_mels: int) -> np.ndarray:
     """One .npy, float32 (frames, mel bands); UserError for what the generator never made."""
     fix = "delete it and run mel_generator.py again."
     try:
-        if not path.is_file():
+        if path.exists() and not path.is_file():
             raise ValueError("not a regular file")
         with path.open("rb") as file:
             mel = np.lib.format.read_array(file, allow_pickle=False)
+    except OSError:  # the disk's fault, not the file's
+        raise
     except Exception as error:  # bytes from anywhere make the header's parser raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a complete .npy file ({reason}): {fix}") from error
@@ -505,7 +507,7 @@ class Spectrograms:
         mean = total / n_frames
         variance = squares / n_frames - mean.square()
         varies = variance > 1e-4
-        std = torch.where(varies, variance.clamp(min=1e-4).sqrt(), 1.0)
+        std = torch.where(varies, variance.sqrt(), 1.0)
         return measured | {"mean": mean.tolist(), "std": std.tolist()}, varies
 
     def to_gpu_if_it_fits(self, device: torch.device) -> None:
@@ -1486,10 +1488,10 @@ def report_training(
 
 
 def shared_speakers(clips: pd.DataFrame) -> list[str]:
-    """Speakers of whom some clips train and others validate or test."""
-    is_train = clips.split == "train"
-    trained = set(clips.actor[is_train]) - {"unknown"}
-    return sorted(trained & set(clips.actor[~is_train]))
+    """Speakers with clips in more than one of train, val and test, in lower case."""
+    speaker = clips.actor.str.casefold()
+    n_parts = clips.split.groupby(speaker).transform("nunique")
+    return sorted(set(speaker[n_parts > 1]) - {"unknown"})
 
 
 def training_notes(clips: pd.DataFrame, data: Spectrograms) -> list[str]:
@@ -1497,7 +1499,8 @@ def training_notes(clips: pd.DataFrame, data: Spectrograms) -> list[str]:
     notes = []
     if shared := shared_speakers(clips):
         speakers = count(len(shared), "speaker")
-        notes.append(f"clips of {speakers} train, others of theirs validate or test: optimistic.")
+        parts = "more than one of training, validation and test"
+        notes.append(f"{speakers} with clips in {parts}: optimistic.")
     for part, index in data.indices.items():
         counts = data.label[index].bincount(minlength=len(EMOTIONS))
         if absent := [code for code, n in zip(EMOTIONS, counts, strict=True) if not n]:
@@ -1579,13 +1582,13 @@ def print_summary(output_dir: Path, metrics: dict, shared: list[str]) -> None:
         print(f"Test UAR, 95 % interval over actors: {100 * low:.1f} to {100 * high:.1f} %")
     if SPLIT == "clip" or shared:
         print(
-            f"SPLIT = {SPLIT!r} has the same voices in training and in validation or test: "
-            "optimistic for others."
+            f"SPLIT = {SPLIT!r} has the same voices in more than one of training, validation and "
+            "test: optimistic for others."
         )
     print(f"Files: {output_dir}")
     print(
         "Next:  python custom2_tester.py --input_dir RECORDINGS --output_dir results "
-        f"--model_path {output_dir}/best_model.pth"
+        f'--model_path "{output_dir}/best_model.pth"'
     )
 
 
@@ -1596,6 +1599,12 @@ def print_summary(output_dir: Path, metrics: dict, shared: list[str]) -> None:
 def count(n: int, noun: str) -> str:
     """A number and its noun: "1 file", "1,200 files"."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def is_shown(character: str) -> bool:
+    """Whether a character can stand on the screen: letters, spaces of all scripts, line ends."""
+    is_space = character in "\n\r\t" or unicodedata.category(character) == "Zs"
+    return is_space or character.isprintable()
 
 
 class SteadyStream:
@@ -1612,7 +1621,7 @@ class SteadyStream:
 
     def write(self, text: str) -> None:
         """Writes what can be shown."""
-        shown = "".join(c if c.isprintable() or c in "\n\r\t" else repr(c)[1:-1] for c in text)
+        shown = "".join(c if is_shown(c) else repr(c)[1:-1] for c in text)
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         with contextlib.suppress(AttributeError, OSError, ValueError):
             self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
@@ -1825,7 +1834,11 @@ def read_start(clips: pd.DataFrame, mel_config: dict) -> dict | None:
     now["model_config"] = model_config(mel_config["n_mels"])
     for name, value in now.items():
         if json.dumps(start.get(name)) != json.dumps(value):  # tuples and lists are alike
-            raise UserError(f"START_FROM = {START_FROM!r}: its {name} must be {value}.")
+            found = str(start.get(name))[:300]
+            raise UserError(
+                f"START_FROM = {START_FROM!r}: its {name} is {found}, but here {value}: set the "
+                "constants, or mel_generator.py's options, to the file's."
+            )
     try:
         EmotionClassifier(**now["model_config"]).load_state_dict(start["model_state_dict"])
         speakers = {name for names in start["speakers"].values() for name in names}
@@ -1860,7 +1873,7 @@ def training_config(
     for part in ("train", "val"):
         earlier = start["speakers"].get(part, []) if start else []
         speakers[part] = sorted({*clips.actor[clips.split == part], *earlier})
-    return {name: globals()[name] for name in (*CONSTANTS, "WORLD_SIZE")} | {
+    return {name: globals()[name] for name in (*CONSTANTS, "EMOTIONS", "WORLD_SIZE")} | {
         "MEL_CONFIG": mel_config,
         "SPEAKERS": speakers,
         "SPLIT_SHA256": hashlib.sha256(split_bytes).hexdigest(),
@@ -2083,12 +2096,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return train_model()
         except UserError as error:
             return fail(str(error))
-        except torch.OutOfMemoryError:
-            return fail(f"The GPU's memory is full: lower BATCH_SIZE ({BATCH_SIZE}), start anew.")
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            is_gpu = isinstance(error, torch.OutOfMemoryError)
+            is_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+            if not is_gpu and not is_cpu:
                 raise
-            return fail(f"Memory is full: lower BATCH_SIZE ({BATCH_SIZE}), start anew.")
+            return fail(
+                f"{'The GPU' if is_gpu else 'This machine'}'s memory is full: free some, set "
+                f"RESUME = True and run again; or lower BATCH_SIZE ({BATCH_SIZE}), start anew."
+            )
         except OSError as error:
             what = f"{error.filename or OUTPUT_DIR}: {error.strerror or error}"
             return fail(f"{what}. Fix this, set RESUME = True and run again.")

@@ -690,6 +690,7 @@ def try_device(device: torch.device) -> None:
 
 def load_model(path: Path, device: torch.device) -> tuple[EmotionClassifier, dict]:
     """The model of best_model.pth in evaluation mode, and the file's dict; raises UserError."""
+    path = Path(path)  # a notebook may give a text
     checkpoint = read_checkpoint(path)
     wrong = wrong_checkpoint(checkpoint)
     if not wrong:
@@ -860,7 +861,7 @@ class WindowPrediction(NamedTuple):
     level: float  # before any gain, dB; NaN where it failed
     error: str
     probabilities: np.ndarray  # (classes,); NaN where it failed
-    embedding: np.ndarray  # (features,); NaN where it failed
+    embedding: np.ndarray | None  # (features,); None without --embeddings
 
 
 class RunOptions(NamedTuple):
@@ -1057,6 +1058,8 @@ def predict(
     """
     samples = np.asarray(samples, np.float32)
     samples = samples[:, None] if samples.ndim == 1 else samples
+    if samples.shape[1] > len(samples) > 0:
+        raise AudioError(f"samples {samples.shape} must be (frames, channels): transpose them")
     check_samples(samples)
     mel_config = checkpoint["mel_config"]
     mono = mix_to_mono(samples)
@@ -1121,6 +1124,8 @@ def measure_folder(
     median over those that are no pauses.
     """
     sample = spread_evenly(paths, LEVEL_FILES)
+    if options.segments and any(path.lower().endswith(FFMPEG_SUFFIXES) for path in sample):
+        workers = 1  # each is decoded as a whole: hours of several at once would fill the disk
     hear = functools.partial(sample_windows, folder=folder, mel_config=mel_config, options=options)
     levels = []
     distances = []
@@ -1218,10 +1223,9 @@ def classify(
             if args.visualize and clip.mel is not None:
                 every = 1 + window.n_windows // 40  # no picture has room for an hour's frames
                 shown = clip.mel[:, ::every] - np.float32(options.gain_db)  # as recorded
-            prediction = WindowPrediction(
-                window, shown, clip.duration, clip.level, clip.error, p, e
-            )
-            predictions.append(prediction)
+            embedding = e if args.embeddings else None
+            about = (clip.duration, clip.level, clip.error, p, embedding)
+            predictions.append(WindowPrediction(window, shown, *about))
         yield predictions
 
 
@@ -1259,6 +1263,8 @@ def result_row(predictions: list[WindowPrediction], checkpoint: dict, options: R
     row: dict = {"file": predictions[0].window.path}
     good = [p for p in predictions if not p.error]
     errors = [p.error for p in predictions if p.error]
+    if not good and all(error.startswith("silent") for error in errors):
+        return row | {"error": "silent: all samples are equal"}
     harmless = ("silent", "empty", "shorter") if good else ()
     if damage := [error for error in errors if not error.startswith(harmless)]:
         return row | {"error": damage[0]}
@@ -1443,13 +1449,6 @@ def drawing_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def title_note(row: dict, labels: dict[str, dict[str, str]]) -> str:
-    """What a picture's title says besides the name: the true class, and "uncertain"."""
-    true = labels.get(row["file"], {}).get("true_class", "")
-    note = f" (true: {true})" if true else ""
-    return note + (" (uncertain)" if row.get("uncertain") == "yes" else "")
 
 
 def submit_picture(
@@ -1746,7 +1745,7 @@ th button { cursor: pointer; color: inherit; }
 th[aria-sort=ascending] button::after { content: " \25B2"; }
 th[aria-sort=descending] button::after { content: " \25BC"; }
 td:first-child { overflow-wrap: anywhere; min-width: 12rem; }
-img { width: 20rem; max-width: 100%; aspect-ratio: 8 / 3; background: #fff; }
+img { width: 20rem; max-width: 100%; aspect-ratio: auto 8 / 3; background: #fff; }
 audio { display: block; width: 100%; min-width: 11rem; height: 2.2rem; margin-top: .3rem; }
 .bar { display: flex; justify-content: space-between; gap: 1rem; font-size: 13px; }
 .bar { padding: 0 .3rem; min-width: 9rem; }
@@ -1855,6 +1854,12 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
+def is_shown(character: str) -> bool:
+    """Whether a character can stand on the screen: letters, spaces of all scripts, line ends."""
+    is_space = character in "\n\r\t" or unicodedata.category(character) == "Zs"
+    return is_space or character.isprintable()
+
+
 class SteadyStream:
     """Standard output or error, of which a closed pipe ends the printing and not the run.
 
@@ -1869,7 +1874,7 @@ class SteadyStream:
 
     def write(self, text: str) -> None:
         """Writes what can be shown."""
-        shown = "".join(c if c.isprintable() or c in "\n\r\t" else repr(c)[1:-1] for c in text)
+        shown = "".join(c if is_shown(c) else repr(c)[1:-1] for c in text)
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         with contextlib.suppress(AttributeError, OSError, ValueError):
             self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
@@ -2128,9 +2133,11 @@ def read_labels(table: Path, names: dict[str, str]) -> dict[str, dict[str, str]]
     labels = {}
     unknown = set()
     for row in rows:
+        if not row["file"].strip():  # a spreadsheet's notes and totals
+            continue
         word = row.pop("emotion").strip()
         true_class = by_word.get(word.lower(), "")
-        if not true_class:
+        if word and not true_class:
             unknown.add(word)
         path = nfc(posixpath.normpath(row.pop("file").replace("\\", "/")))
         if path in labels:
@@ -2187,23 +2194,23 @@ class Results:
         is_ours = False
         for ending in (".partial", ""):
             rows = {row["file"]: row for row in read_rows(folder / f"{RESULTS}.csv{ending}")}
-            if not rows:
-                continue
             changed = self.changes(folder / f"run.json{ending}")
             message = "; ".join(f"{name} was {text}" for name, text in changed.items())
-            if changed.keys() - {"gain_db", "fill_db", "visualize"}:
+            is_other = bool(changed.keys() - {"gain_db", "fill_db", "visualize"})
+            is_ours = is_ours or not is_other  # also a run that was stopped before its first row
+            if not rows:
+                continue
+            if is_other:
                 refused = refused or f"{folder / RESULTS}.csv{ending}: {message}"
-                continue
-            if changed:
+            elif changed:
                 print(f"All are classified anew: {message}.")
-                continue
-            is_ours = True
-            done = {path for path, row in rows.items() if row["predicted_class"]} & paths
-            paths = paths - done
-            resumed[RESULTS] += [rows[path] for path in sorted(done)]
-            if "segments" in self.columns:
-                segments = read_rows(folder / f"segments.csv{ending}")
-                resumed["segments"] += [row for row in segments if row["file"] in done]
+            else:
+                done = {path for path, row in rows.items() if row["predicted_class"]} & paths
+                paths = paths - done
+                resumed[RESULTS] += [rows[path] for path in sorted(done)]
+                if "segments" in self.columns:
+                    segments = read_rows(folder / f"segments.csv{ending}")
+                    resumed["segments"] += [row for row in segments if row["file"] in done]
         if refused and not is_ours:
             raise UserError(
                 f"--resume: another model or other options made {refused}. Give the same again, "
@@ -2350,7 +2357,6 @@ def classify_all(
     options: RunOptions,
     args: argparse.Namespace,
     pool: ProcessPoolExecutor | None,
-    labels: dict[str, dict[str, str]],
 ) -> dict[str, np.ndarray]:
     """Brings rows and pictures to disk as each batch is done; returns each file's embedding."""
     embeddings = {}
@@ -2366,7 +2372,7 @@ def classify_all(
         if options.segments and is_good:
             rows["segments"] += [segment_row(p, checkpoint, options) for p in predictions]
         if any(p.mel is not None for p in predictions):
-            note = title_note(row, labels)
+            note = " (uncertain)" if row.get("uncertain") == "yes" else ""
             picture = submit_picture(pool, args.output_dir, predictions, checkpoint, options, note)
             pictures.append(picture)
         if max(map(len, rows.values())) >= BATCHES_AHEAD * args.batch_size:
@@ -2374,7 +2380,7 @@ def classify_all(
             rows = {kind: [] for kind in results.columns}
             pictures = []
     write_batch(results, rows, pictures)
-    if not args.input_dir.exists():
+    if not os.path.lexists(args.input_dir):
         raise OSError(None, "--input_dir disappeared during the run", str(args.input_dir))
     return embeddings
 
@@ -2547,11 +2553,12 @@ def classify_folder(args: argparse.Namespace) -> int:
         with folder_lock(tables):
             digest = hash_file(args.model_path)
             results = Results(tables, checkpoint, options, digest, args.visualize)
-            earlier = {row["file"] for row in read_rows(results.path(RESULTS))}
+            tables_before = [results.path(RESULTS), results.path(RESULTS, ".partial")]
+            earlier = {row["file"] for path in tables_before for row in read_rows(path)}
             done = begin_results(results, paths, closed, args)
             todo = [path for path in paths if path not in done]
             files = classify_files(todo, folder, model, checkpoint, options, args)
-            embeddings = classify_all(files, results, checkpoint, options, args, pool, labels)
+            embeddings = classify_all(files, results, checkpoint, options, args, pool)
             rows = results.publish(paths, labels)
             if not args.shard:
                 remove_earlier(args, earlier | set(paths), done, rows)
@@ -2588,8 +2595,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenProcessPool:
             why = "A drawing process was killed, most often because memory ran out"
             return fail(f"{why}: {again} and fewer --workers.")
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
                 raise
             remedy = f"{again} and a lower --batch_size, or start anew with a lower --max_width"
             return fail(f"Memory is full: {remedy}.")

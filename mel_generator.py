@@ -526,6 +526,12 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
+def is_shown(character: str) -> bool:
+    """Whether a character can stand on the screen: letters, spaces of all scripts, line ends."""
+    is_space = character in "\n\r\t" or unicodedata.category(character) == "Zs"
+    return is_space or character.isprintable()
+
+
 class SteadyStream:
     """Standard output or error, of which a closed pipe ends the printing and not the run.
 
@@ -540,7 +546,7 @@ class SteadyStream:
 
     def write(self, text: str) -> None:
         """Writes what can be shown."""
-        shown = "".join(c if c.isprintable() or c in "\n\r\t" else repr(c)[1:-1] for c in text)
+        shown = "".join(c if is_shown(c) else repr(c)[1:-1] for c in text)
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         with contextlib.suppress(AttributeError, OSError, ValueError):
             self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
@@ -753,7 +759,8 @@ def clip_by_table(path: str, labels: dict[str, dict[str, str]]) -> Clip:
 
     HASH tells files of one name in different folders apart; `_` would end a field.
     """
-    row = labels.get(unicodedata.normalize("NFC", path))
+    composed = unicodedata.normalize("NFC", path)
+    row = labels.get(composed)
     if row is None:
         raise LabelError("not in --labels")
     word = row["emotion"].strip()
@@ -762,7 +769,7 @@ def clip_by_table(path: str, labels: dict[str, dict[str, str]]) -> Clip:
     if emotion not in EMOTIONS:
         raise LabelError(f"other emotion: {word!r} is none of {' '.join(EMOTIONS)}")
     speaker = clean(row.get("speaker", "").strip()) or "unknown"
-    digest = hashlib.sha1(os.fsencode(path)).hexdigest()[:8]
+    digest = hashlib.sha1(os.fsencode(composed)).hexdigest()[:8]
     end = f"-{digest}_{emotion}"
     room = 200 - len(os.fsencode(f"{speaker}_{end}"))
     name = os.fsencode(clean(PurePosixPath(path).stem))[: max(room, 0)].decode("utf-8", "ignore")
@@ -785,6 +792,9 @@ def read_label_table(table: Path) -> dict[str, dict[str, str]]:
         raise UserError(
             f"--labels {table} must be a CSV with the columns file,emotion; found: {found}"
         )
+    rows = [row for row in rows if row["file"].strip()]  # spreadsheets hold notes and totals
+    if not rows:
+        raise UserError(f"--labels {table} names no file.")
     paths = [posixpath.normpath(row["file"].replace("\\", "/")) for row in rows]
     paths = [unicodedata.normalize("NFC", path) for path in paths]
     [(path, n)] = Counter(paths).most_common(1)
@@ -926,7 +936,8 @@ def process_clip(task: Task, args: argparse.Namespace) -> str | None:
             with atomic_write(output) as file:
                 file.write(npy.getbuffer())
             if task.date is not None:
-                os.utime(output, ns=(task.date, task.date))
+                with contextlib.suppress(OSError):  # a share may refuse: the next run repeats it
+                    os.utime(output, ns=(task.date, task.date))
     except AudioError as error:
         return str(error)
     except MemoryError:
@@ -948,6 +959,11 @@ def exit_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def again(args: argparse.Namespace) -> str:
+    """How to go on after a stop, in words: --overwrite would delete what was made."""
+    return "run again without --overwrite" if args.overwrite else "run again"
 
 
 def start_pool(n_workers: int) -> ProcessPoolExecutor:
@@ -994,7 +1010,7 @@ def run_in_workers(
         names = ", ".join(task.clip.path for batch in pending.values() for task in batch)
         raise UserError(
             "A worker process was killed, most often because memory ran out, at one of these: "
-            f"{names}. Run again with fewer --workers: what was written stays."
+            f"{names}. What was written stays: {again(args)} with fewer --workers."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -1165,7 +1181,7 @@ def generate_folder(args: argparse.Namespace) -> int:
     for code in EMOTIONS:
         (args.output_dir / code).mkdir(parents=True, exist_ok=True)
     with folder_lock(args.output_dir, exclusive=args.overwrite) as (alone, share):
-        if alone:
+        if alone and not args.shard:  # other machines' locks are not seen on a network disk
             for folder in (".", *EMOTIONS):
                 remove_leftovers(args.output_dir / folder)
         if args.overwrite and clips and (args.output_dir / "mel_config.json").exists():
@@ -1187,7 +1203,8 @@ def generate_folder(args: argparse.Namespace) -> int:
         print(f"Skipped {count(len(skipped), 'file')} ({reasons}): see {log}")
     seconds = time.perf_counter() - started
     print(f"{count(len(clips), 'clip')} in {seconds:.1f} s. Spectrograms: {args.output_dir}")
-    if skipped and skipped.keys() >= {clip.path for clip in clips}:
+    is_empty_shard = args.shard and not clips
+    if skipped and not is_empty_shard and skipped.keys() >= {clip.path for clip in clips}:
         raise UserError(f"No file could be used: {log} says why.")
     return 1 if args.strict and skipped else 0
 
@@ -1202,9 +1219,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return fail(str(error))
         except OSError as error:
             what = f"{error.filename or 'A file'}: {error.strerror or error}"
-            return fail(f"{what}. What was written stays: fix this and run again.")
+            return fail(f"{what}. What was written stays: fix this and {again(args)}.")
         except KeyboardInterrupt:
-            return fail("\nStopped. The same command goes on from there.", 130)
+            return fail(f"\nStopped. To go on, {again(args)}.", 130)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import librosa
@@ -727,6 +728,58 @@ def test_overwrite_deletes_nothing_for_a_table_that_fits_no_file(clips, tmp_path
     assert "No file could be used" in generate_here(clips, out, *options, code=1)
     after = contents(out)
     assert all(after[name] == data for name, data in before.items() if name.endswith(".npy"))
+
+
+def test_a_stop_of_overwrite_does_not_advise_to_overwrite_again(clips, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gen, "process_clip", stop)
+    for options, words in (
+        ((), "run again."),
+        (("--overwrite",), "run again without --overwrite."),
+    ):
+        text = generate_here(clips, tmp_path / "out", *options, code=130)
+        assert f"Stopped. To go on, {words}" in text
+
+
+def test_a_shard_leaves_other_machines_temporary_files(clips, tmp_path):
+    """A network disk's locks hold for one machine alone."""
+    (tmp_path / "ANG").mkdir()
+    half = tmp_path / "ANG" / f".{'0f' * 8}.tmp"
+    half.write_bytes(b"another shard's")
+    generate_here(clips, tmp_path, "--shard", "0/2")
+    assert half.exists()
+    generate_here(clips, tmp_path)
+    assert not half.exists()
+
+
+def test_a_shard_that_has_only_other_files_is_no_failure(clips, tmp_path):
+    (clips / "notes.wav").write_bytes(b"RIFF")
+    paths = [path.name for path in clips.iterdir()]
+    alone = next(
+        (i, n)
+        for n in range(2, 100)
+        for i in range(n)
+        if [path for path in paths if gen.in_shard(path, (i, n))] == ["notes.wav"]
+    )
+    generate_here(clips, tmp_path / "out", "--shard", "{}/{}".format(*alone))
+
+
+def test_a_share_that_refuses_dates_stops_nothing(clips, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(gen.os, "utime", refuse)
+    generate_here(clips, tmp_path / "out")
+    assert read_config(tmp_path / "out")["n_originals"] == 3
+
+
+def test_a_stem_is_the_same_however_a_system_writes_accents():
+    forms = [unicodedata.normalize(form, "José/é.wav") for form in ("NFC", "NFD")]
+    labels = {forms[0]: {"emotion": "sad", "speaker": "a"}}
+    assert forms[0] != forms[1]
+    assert len({gen.clip_by_table(path, labels).stem for path in forms}) == 1
 
 
 def test_overwrite_deletes_nothing_where_no_mel_config_stands(clips, tmp_path):

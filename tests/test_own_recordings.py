@@ -117,9 +117,9 @@ def test_stems_tell_speaker_name_path_and_emotion(mine, tmp_path):
     assert len(found) == 48
 
 
-def test_the_blank_rows_of_a_spreadsheet_are_passed_over(mine, model, tmp_path):
+def test_the_blank_rows_and_notes_of_a_spreadsheet_are_passed_over(mine, model, tmp_path):
     text = (mine / "labels.csv").read_text()
-    (tmp_path / "labels.csv").write_text(text + ",,\n,,\n")
+    (tmp_path / "labels.csv").write_text(text + ",,\n,,\n,,48 clips\n,,checked\n")
     table = ("--labels", tmp_path / "labels.csv")
     generate(mine, tmp_path / "mels", *table, "--no_augment", "--workers", 1)
     assert len(list((tmp_path / "mels").glob("*/*.npy"))) == 48
@@ -369,15 +369,6 @@ def test_names_tell_labels_only_if_more_than_half_do(corpus, model, tmp_path):
     rows = read_table(tmp_path / "out/classification_results.csv")
     assert {row["true_class"] for row in rows} == {""}
     assert not (tmp_path / "out/confusion_matrix.png").exists()
-
-
-@pytest.mark.parametrize(("n_labelled", "n_known"), [(2, 0), (3, 3), (5, 5), (0, 0)])
-def test_exactly_half_is_not_more_than_half(n_labelled, n_known):
-    classes = [{"code": code, "name": name} for code, name in trainer.EMOTIONS.items()]
-    paths = [f"{i}_a_{'sad' if i < n_labelled else 'x'}.wav" for i in range(4)]
-    paths += ["5_a_sad.wav"] * (n_labelled > 4)
-    labels = tester.find_labels(paths, classes, None)
-    assert len(labels) == n_known
 
 
 def test_a_shard_asks_all_names_whether_they_tell_labels(corpus, model, tmp_path):
@@ -828,6 +819,14 @@ def test_an_array_that_holds_nothing_to_classify_is_refused_in_words(model, samp
         tester.predict(network, checkpoint, samples, rate)
 
 
+def test_predict_says_which_way_round_samples_are(model):
+    network, checkpoint = tester.load_model(str(model), CPU)  # a path as a text
+    samples = np.random.default_rng(0).standard_normal((16000, 2)).astype(np.float32) / 10
+    assert sum(tester.predict(network, checkpoint, samples, 16000).values()) == pytest.approx(1)
+    with pytest.raises(tester.AudioError, match="transpose"):
+        tester.predict(network, checkpoint, samples.T, 16000)
+
+
 def test_readmes_python_lines_run(corpus, model, tmp_path, monkeypatch):
     """In a folder that holds what they name: a model and a recording."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -1055,29 +1054,6 @@ def test_a_run_that_fails_leaves_what_the_last_one_wrote(corpus, model, tmp_path
     classify(folder, model, out, code=1)
     for path, data in before.items():
         assert path.read_bytes() == data, path
-
-
-def test_shards_that_nobody_joined_are_left_with_a_line(corpus, model, tmp_path):
-    folder = copy_some(corpus, tmp_path / "in", 6)
-    out = tmp_path / "out"
-    classify(folder, model, out, "--shard", "0/2")
-    shard = out / "shard_0_of_2/classification_results.csv"
-    before = shard.read_bytes()
-    text = classify(folder, model, out)
-    assert f"{out} holds 1 shard: --resume joins them" in text
-    assert shard.read_bytes() == before
-    text = classify(folder, model, out, "--resume")
-    assert "holds 1 shard" not in text
-    assert not shard.parent.exists()
-    assert len(read_table(out / "classification_results.csv")) == 6
-
-
-def test_results_do_not_go_into_a_trainings_folder(corpus, trained, model):
-    """Its confusion matrix, report and run.json bear the same names."""
-    before = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
-    text = classify(corpus, model, trained, code=1)
-    assert "holds a training" in text
-    assert {p.name: p.read_bytes() for p in trained.iterdir() if p.is_file()} == before
 
 
 def test_spectrograms_and_a_training_do_not_share_a_folder(mels, tmp_path, monkeypatch):

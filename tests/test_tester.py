@@ -835,6 +835,18 @@ def test_a_table_without_its_options_is_refused(few, model, tmp_path):
     assert f"{out / TABLE}: run.json was missing or unreadable." in text
 
 
+def test_a_run_that_was_stopped_before_its_first_row_goes_on_as_it_promised(few, model, tmp_path):
+    """Beside a finished table of other options."""
+    out = tmp_path / "out"
+    classify(few, model, out, "--max_width", 60)
+    interrupt(out, n_rows=0)
+    classify(few, model, tmp_path / "earlier")
+    for name in (TABLE, "run.json"):
+        (tmp_path / "earlier" / name).rename(out / name)
+    classify(few, model, out, "--max_width", 60, "--resume")
+    assert len(results(out)) == 6
+
+
 def test_what_an_interrupted_run_left_goes_with_a_new_one(few, model, tmp_path):
     out = tmp_path / "out"
     classify(few, model, out, "--visualize", "--workers", 1)
@@ -1091,6 +1103,13 @@ def test_damage_within_a_recording_is_an_error_with_segments_too(model, tmp_path
         cut, nan, unknown_length = (row["error"] for row in results(tmp_path / "out"))
         assert "unreadable" in cut or "empty" in cut, cut
         assert "not finite" in nan and "does not tell its length" in unknown_length
+
+
+def test_a_silent_recording_is_told_as_silent_in_all_windows(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in/a.wav", np.zeros(10 * RATE), RATE)
+    classify(tmp_path / "in", model, tmp_path / "out", "--segments", code=1)
+    assert results(tmp_path / "out")[0]["error"] == "silent: all samples are equal"
 
 
 def test_a_damaged_sampling_rate_makes_no_windows(tmp_path):

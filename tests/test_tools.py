@@ -293,6 +293,23 @@ def test_another_training_in_the_folder_is_refused_and_stays(training, tmp_path)
     assert len(ran) == 1
 
 
+def test_a_condition_holds_this_trainings_clips_alone_in_one_channel(corpus, tmp_path):
+    tool = importlib.import_module("robustness")
+    folder = tmp_path / "clips"
+    first, second = sorted(corpus.iterdir())[:2]
+    tool.distort([first], folder, "noise 10 dB")
+    samples, rate = soundfile.read(second)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([samples, samples], 1), rate)
+    tool.distort([tmp_path / "stereo.wav"], folder, "noise 10 dB")
+    assert [path.name for path in folder.iterdir()] == ["stereo.wav"]
+    assert soundfile.info(folder / "stereo.wav").channels == 1
+
+
+def test_a_constant_that_is_none_is_a_sentence():
+    with pytest.raises(SystemExit, match="EPOCH stands 0 times"):
+        importlib.import_module("editing").edited_text(EPOCH=5)
+
+
 def test_a_table_of_another_model_is_not_taken_for_this_ones(corpus, trained, tmp_path):
     tool = importlib.import_module("robustness")
     model = trained / "best_model.pth"

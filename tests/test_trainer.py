@@ -1368,7 +1368,8 @@ def test_full_memory_is_a_sentence_and_a_fault_of_ours_is_not(mels, tmp_path, mo
 
     monkeypatch.setattr(trainer, "train_epoch", fail)
     words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-    assert "Memory is full: lower BATCH_SIZE" in train(tmp_path, mels, code=1)
+    text = train(tmp_path, mels, code=1)
+    assert "This machine's memory is full" in text and "lower BATCH_SIZE (" in text
     words = "shapes cannot be multiplied"
     with pytest.raises(RuntimeError, match="multiplied"):
         train(tmp_path / "other", mels, code=1)
@@ -1421,18 +1422,40 @@ def test_what_makes_figures_worth_less_is_told(mels, tmp_path):
 def test_voices_on_both_sides_are_told(mels, tmp_path):
     """By clip, and where that split is given back as a table."""
     text = train(tmp_path, mels, toy=QUICK, SPLIT="clip")
-    assert "the same voices in training and in validation or test: optimistic" in text
+    assert "the same voices in more than one of training, validation and test: optimistic" in text
     shutil.copy(tmp_path / "output/split.csv", tmp_path / "given.csv")
     text = train(tmp_path / "again", mels, toy=QUICK, SPLIT=str(tmp_path / "given.csv"))
-    assert re.search(r"Note: clips of \d speakers train, others of theirs validate or test", text)
-    assert (
-        "given.csv' has the same voices in training and in validation or test: optimistic" in text
-    )
+    assert re.search(r"Note: \d speakers with clips in more than one of training, valid", text)
+    assert "given.csv' has the same voices in more than one of training, validation" in text
     clips = pd.DataFrame(
         {"actor": ["a", "a", "b", "c"], "split": ["train", "val", "train", "test"]}
     )
     assert trainer.shared_speakers(clips) == ["a"]
     assert trainer.shared_speakers(clips.assign(actor="unknown")) == []
+    two_spellings = clips.assign(actor=["b", "c", "Anna", "anna"])
+    assert trainer.shared_speakers(two_spellings) == ["anna"]
+    in_val_and_test = clips.assign(split=["val", "test", "train", "train"])
+    assert trainer.shared_speakers(in_val_and_test) == ["a"]
+
+
+def test_a_disks_fault_is_not_the_files(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    np.save(tmp_path / "a.npy", np.zeros((2, 3), np.float32))
+    with pytest.raises(FileNotFoundError):
+        trainer.read_spectrogram(tmp_path / "gone.npy", 2)
+    monkeypatch.setattr(trainer.Path, "open", refuse)
+    with pytest.raises(PermissionError):
+        trainer.read_spectrogram(tmp_path / "a.npy", 2)
+
+
+def test_other_emotions_are_other_settings(constants):
+    clips = pd.DataFrame({"stem": ["a"], "variant": ["original"], "split": ["train"], "actor": "x"})
+    data = types.SimpleNamespace(measured={}, normalization={})
+    config = trainer.training_config(clips, {}, data, None)
+    before = config | {"EMOTIONS": {"ANG": "Angry"}}
+    assert [text.split()[0] for text in trainer.changed_settings(before, config)] == ["EMOTIONS"]
 
 
 def test_more_data_is_told_without_lists_of_speakers_and_hashes():

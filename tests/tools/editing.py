@@ -18,7 +18,8 @@ def edited_text(root: Path = ROOT, **constants: Any) -> str:
     for name, value in constants.items():
         line = f"{name} = {value!r}"
         text, n = re.subn(rf"^{name} = .*", lambda _, line=line: line, text, flags=re.M)
-        assert n == 1, f"{name} stands {n} times at the left margin of cremad_custom2.py"
+        if n != 1:
+            sys.exit(f"{name} stands {n} times at the left margin of cremad_custom2.py, not once.")
     return text
 
 

@@ -13,6 +13,7 @@ figures. Writes robustness.csv and robustness.png. Run again, it goes on where i
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import zlib
@@ -107,9 +108,11 @@ CONDITIONS = {  # name: (function, its arguments)
 def distort(paths: list[Path], folder: Path, condition: str) -> None:
     """Writes every clip in a condition, as float32: louder ones are not clipped."""
     function, *arguments = CONDITIONS[condition]
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # clips of another training's test actors
+    folder.mkdir(parents=True)
     for path in tqdm(paths, desc=condition, unit="clip", leave=False):
-        samples, rate = soundfile.read(path)
+        samples, rate = soundfile.read(path, always_2d=True)
+        samples = samples.mean(axis=1)
         random = np.random.default_rng(zlib.crc32(f"{path.stem} {condition}".encode()))
         distorted = function(samples, rate, random, *arguments)
         soundfile.write(folder / f"{path.stem}.wav", distorted, rate, subtype="FLOAT")
@@ -167,7 +170,7 @@ def classify(clips: Path, model: Path, output_dir: Path, adapt: str) -> None:
     command = [sys.executable, ROOT / "custom2_tester.py", "--input_dir", clips]
     command += ["--model_path", model, "--output_dir", output_dir, "--adapt", adapt]
     subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
-    if not (output_dir / "classification_results.csv").exists():
+    if not is_by(model, output_dir / "classification_results.csv"):
         sys.exit(f"The tester left no table in {output_dir}: see above.")
 
 

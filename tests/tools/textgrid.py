@@ -96,6 +96,8 @@ def main() -> None:
         n_written = write_all(args.results)
     except UserError as error:
         sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}")
     print(f"{n_written} TextGrids: {args.results / 'textgrids'}")
 
 
