@@ -1561,7 +1561,7 @@ def write_report(
     is_known = labelled.speaker.map(lambda name: clean(name.strip()).casefold()).isin(speakers)
     if is_known.any():
         figures += f"\nNot a fair test: {is_known.sum():,} of them "
-        figures += "are by speakers that trained or validated this model."
+        figures += "by speakers that trained or validated this model."
     print(figures)
     occurring = [name for name in names if name in set(true)]
     report = classification_report(true, predicted, labels=occurring, zero_division=0, digits=3)
