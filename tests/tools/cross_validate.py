@@ -76,6 +76,8 @@ def summarize(rows: list[dict[str, Any]], output_dir: Path) -> None:
     percent = table.assign(**{name: 100 * table[name] for name in (*FIGURES, "val_uar")})
     print(tabulate(percent.round(1), headers="keys", showindex=False))
     folds = percent.groupby("fold")[list(FIGURES)].mean()
+    if len(folds) == 1:  # no spread to tell
+        return
     for name in FIGURES:
         print(f"{name}: {folds[name].mean():.1f} ± {folds[name].std():.1f} % of {len(folds)} folds")
 
