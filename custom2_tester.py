@@ -2484,14 +2484,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cpu", action="store_true", help="do not use the GPU")
     add("--visualize", action="store_true", help="report.html, with a picture for each file")
     add("--segments", action="store_true", help="classify longer files in windows, not cut")
-    add("--window", type=float, default=3.0, help="--segments: seconds a window (3)")
-    add("--step", type=float, default=1.5, help="--segments: seconds between starts (1.5)")
+    add("--window", type=float, default=3.0, help="--segments: length of a window, s (3)")
+    add("--step", type=float, default=1.5, help="--segments: s between their starts (1.5)")
     add("--labels", type=Path, help="CSV file,emotion,...: the true emotions, instead of names")
-    adapt_help = "to the training's level and noise: on, off, auto (from 20 files on)"
+    adapt_help = "level and noise to the training's: on, off, or auto, from 20 files on (auto)"
     add("--adapt", choices=("auto", "on", "off"), default="auto", help=adapt_help)
     add("--embeddings", action="store_true", help="embeddings.npy: what the model's head reads")
     add("--min_confidence", type=float, metavar="P", help="0 to 1: below it, `uncertain` is yes")
-    add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, then --resume")
+    add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0")
     add("--batch_size", type=int, default=64, help="files classified together (64)")
     add("--workers", type=int, default=usable_cores(), help="to read and to draw (all cores)")
     add("--resume", action="store_true", help="keep earlier runs' and shards' rows, do the rest")

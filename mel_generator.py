@@ -1140,7 +1140,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=42, help="chooses variants and noise, with the name (42)")
     add("--max_duration", type=float, default=60.0, help="seconds; skip longer new files (60)")
     add("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
-    add("--overwrite", action="store_true", help="delete the spectrograms that are there first")
+    add("--overwrite", action="store_true", help="first delete the spectrograms that are there")
     add("--shard", type=parse_shard, metavar="I/N", help="do the Ith of N parts, I from 0")
     add("--strict", action="store_true", help="exit status 1 if any file was skipped")
     add("--sample_rate", type=int, default=16000, help="Hz (16000)")

@@ -6,7 +6,8 @@
 One model is trained on 20 fixed actors of CREMA-D (the first of a seeded order). Five times, four
 of the other actors are drawn: two train, one validates, one tests; from that model at several
 learning rates, and from nothing. Prints test UAR, mean and standard deviation over the draws.
-Run again, it goes on where it stopped. --set: other constants, for all trainings.
+Run again, it goes on where it stopped. --set: other constants, for all
+trainings; those that a recipe names stay as it says.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main() -> None:
             folder = output_dir / f"draw{draw}" / recipe.replace(", ", "_").replace(" ", "_")
             start = {"START_FROM": str(output_dir / "base" / "best_model.pth")}
             start = start if recipe.startswith("fine-tuned") else {}
-            constants = {"BATCH_SIZE": 32} | constants | start | others
+            constants = others | {"BATCH_SIZE": 32} | constants | start
             metrics = train_once(folder, args.mel_dir, make_split(clips, parts), constants)
             rows.append({"draw": draw, "recipe": recipe, "uar": 100 * metrics["test"]["uar"]})
             pd.DataFrame(rows).to_csv(output_dir / "results.csv", index=False)
