@@ -6,8 +6,7 @@
 One model is trained on 20 fixed actors of CREMA-D (the first of a seeded order). Five times, four
 of the other actors are drawn: two train, one validates, one tests; from that model at several
 learning rates, and from nothing. Prints test UAR, mean and standard deviation over the draws.
-Run again, it goes on where it stopped. --set: other constants, for all
-trainings; those that a recipe names stay as it says.
+Run again, it goes on where it stopped. --set: other constants; a recipe's own come first.
 """
 
 import argparse
