@@ -1263,7 +1263,8 @@ def result_row(predictions: list[WindowPrediction], checkpoint: dict, options: R
     row: dict = {"file": predictions[0].window.path}
     good = [p for p in predictions if not p.error]
     errors = [p.error for p in predictions if p.error]
-    if not good and all(error.startswith("silent") for error in errors):
+    is_silent = not good and all(error.startswith("silent") for error in errors)
+    if is_silent and options.segments:  # else the first seconds alone
         return row | {"error": "silent: all samples are equal"}
     harmless = ("silent", "empty", "shorter") if good else ()
     if damage := [error for error in errors if not error.startswith(harmless)]:

@@ -1110,6 +1110,9 @@ def test_a_silent_recording_is_told_as_silent_in_all_windows(model, tmp_path):
     soundfile.write(tmp_path / "in/a.wav", np.zeros(10 * RATE), RATE)
     classify(tmp_path / "in", model, tmp_path / "out", "--segments", code=1)
     assert results(tmp_path / "out")[0]["error"] == "silent: all samples are equal"
+    soundfile.write(tmp_path / "in/a.wav", np.concatenate([np.zeros(10 * RATE), TONE]), RATE)
+    classify(tmp_path / "in", model, tmp_path / "out", code=1)
+    assert "equal from 0.0 to 6.2 s" in results(tmp_path / "out")[0]["error"]
 
 
 def test_a_damaged_sampling_rate_makes_no_windows(tmp_path):
