@@ -94,8 +94,8 @@ def test_where_nothing_ends_empty_mel_bands_nothing_is_advised(capsys):
 
 def test_the_generator_warns_of_empty_mel_bands_and_the_defaults_have_none(corpus, tmp_path):
     options = ("--no_augment", "--n_fft", 256, "--hop_length", 128)
-    assert "hold no STFT bin" in generate(corpus, tmp_path / "short", *options)
-    assert "hold no STFT bin" not in generate(corpus, tmp_path / "usual", "--no_augment")
+    assert "no STFT bin falls into them" in generate(corpus, tmp_path / "short", *options)
+    assert "no STFT bin falls into them" not in generate(corpus, tmp_path / "usual", "--no_augment")
 
 
 def test_no_more_drawing_processes_than_files(corpus, trained, tmp_path, monkeypatch):
