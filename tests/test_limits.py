@@ -44,6 +44,29 @@ def test_a_containers_share_of_the_cores_counts(module, cgroup, monkeypatch):
     assert module.usable_cores() == 16
 
 
+@pytest.mark.parametrize("module", [generator, trainer, tester])
+def test_spaces_of_all_scripts_are_shown_and_control_characters_are_not(module):
+    assert all(map(module.is_shown, "a é\u00a0\u202f\u3000\n"))
+    assert not any(map(module.is_shown, "\x1b\x00\x7f\u202e"))
+
+
+def test_windows_gets_no_more_processes_than_it_can_wait_for(corpus, tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(n_processes):
+        asked.append(n_processes)
+        raise generator.UserError("no processes")
+
+    monkeypatch.setattr(generator, "MAX_PROCESSES", 3)
+    monkeypatch.setattr(generator, "start_pool", refuse)
+    generate(corpus, tmp_path / "mels", "--workers", 64, code=1)
+    monkeypatch.setattr(tester, "MAX_PROCESSES", 2)
+    monkeypatch.setattr(tester, "UserError", generator.UserError)
+    monkeypatch.setattr(tester, "drawing_pool", refuse)
+    classify(corpus, "no.pth", tmp_path / "out", "--workers", 64, "--visualize", code=1)
+    assert asked == [3, 2]
+
+
 def test_a_containers_memory_counts(cgroup, monkeypatch):
     """v2 and v1; where it is not told, the machine's."""
     cgroup(memory_max=f"{2**30}\n")

@@ -851,6 +851,7 @@ def test_what_an_interrupted_run_left_goes_with_a_new_one(few, model, tmp_path):
     out = tmp_path / "out"
     classify(few, model, out, "--visualize", "--workers", 1)
     interrupt(out, n_rows=3)
+    min(few.iterdir()).unlink()  # the table that was begun alone names it
     classify(few, model, out)
     assert not list(out.glob("mel_spectrograms/*"))
     classify(few, model, out, *HALF_SECONDS)
@@ -1103,6 +1104,36 @@ def test_damage_within_a_recording_is_an_error_with_segments_too(model, tmp_path
         cut, nan, unknown_length = (row["error"] for row in results(tmp_path / "out"))
         assert "unreadable" in cut or "empty" in cut, cut
         assert "not finite" in nan and "does not tell its length" in unknown_length
+
+
+def test_a_broken_link_as_input_has_its_row(model, tmp_path):
+    (tmp_path / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
+    classify(tmp_path / "gone.wav", model, tmp_path / "out", code=1)
+    assert "No such file" in results(tmp_path / "out")[0]["error"]
+
+
+def test_embeddings_are_kept_only_where_asked_for(few, model, tmp_path, monkeypatch):
+    """Those of a day's windows would take gigabytes."""
+    kept = []
+    result_row = tester.result_row
+    monkeypatch.setattr(tester, "result_row", lambda p, *a: kept.extend(p) or result_row(p, *a))
+    classify(few, model, tmp_path / "out")
+    assert len(kept) == 6 and all(p.embedding is None for p in kept)
+
+
+def test_recordings_that_ffmpeg_decodes_as_a_whole_are_measured_one_by_one(model, monkeypatch):
+    _, checkpoint = tester.load_model(model, torch.device("cpu"))
+    asked = []
+
+    def read_none(_items, _read, workers, _size):
+        asked.append(workers)
+        return []
+
+    monkeypatch.setattr(tester, "prefetch", read_none)
+    for is_long in (True, False):
+        options = tester.RunOptions("in", 191, is_long, 3.0, 1.5, None)
+        tester.measure_folder(["a.wav", "b.M4A"], Path(), checkpoint["mel_config"], options, 8)
+    assert asked == [1, 8]
 
 
 def test_a_silent_recording_is_told_as_silent_in_all_windows(model, tmp_path):

@@ -1363,16 +1363,18 @@ def test_a_loss_that_is_no_number_stops_with_a_sentence(mels, tmp_path):
 
 
 def test_full_memory_is_a_sentence_and_a_fault_of_ours_is_not(mels, tmp_path, monkeypatch):
+    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    raised = [RuntimeError(words), MemoryError(), RuntimeError("shapes cannot be multiplied")]
+
     def fail(*_):
-        raise RuntimeError(words)
+        raise raised.pop(0)
 
     monkeypatch.setattr(trainer, "train_epoch", fail)
-    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-    text = train(tmp_path, mels, code=1)
-    assert "This machine's memory is full" in text and "lower BATCH_SIZE (" in text
-    words = "shapes cannot be multiplied"
+    for _ in range(2):
+        text = train(tmp_path, mels, code=1)
+        assert "This machine's memory is full" in text and "lower BATCH_SIZE (" in text
     with pytest.raises(RuntimeError, match="multiplied"):
-        train(tmp_path / "other", mels, code=1)
+        train(tmp_path, mels, code=1)
 
 
 def test_more_spectrograms_than_memory_holds(mels, constants, monkeypatch, tmp_path):
